@@ -1,0 +1,496 @@
+"""The command line, `unifusion VERB …`. What is heavy is imported once a verb runs, so that --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .conditioning.vlm import FrozenVLM
+    from .pipeline import UniFusion
+
+DEFAULT_SIZE = (64, 64)  # px
+LONGEST_EDIT_SIDE = 1024  # px; a photo edited without --size is shrunk to it
+RECIPES = {
+    "micro-vlm": "the tiny InternVL",
+    "micro-vae": "the VAE",
+    "micro-stage1": "LAP, refiner and DiT on text and pictures; needs the two above in --out",
+    "micro-stage2": "goes on from stage 1 with edits",
+}
+
+Report = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns 0, 2 after an error of one line on stderr, or 130 after Ctrl+C."""
+    args = _parser().parse_args(argv)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers draws a bar for every load
+    try:
+        if args.json:
+            _check_target(args.json)
+        report = args.run(args)
+        if args.json:
+            from .files import save_json
+
+            save_json(args.json, report)
+    except (ValueError, OSError) as error:
+        print(f"unifusion: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+# Verbs: arguments in, a JSON-able report out.
+
+
+def demo(args: argparse.Namespace) -> Report:
+    from .demo import run
+
+    with _progress(args) as progress:
+        report = run(_loader(args), args.out, seed=args.seed, progress=progress)
+    for picture in report["pictures"]:
+        print(f"{picture['seconds']:6.2f} s  {args.out / picture['file']}  {picture['prompt']}")
+    print(f"{report['seconds']:6.2f} s  in all; see {args.out / report['contact_sheet']}")
+    return report
+
+
+def generate(args: argparse.Namespace) -> Report:
+    from .conditioning.vlm import Request, load_image
+    from .diffusion.flow import timesteps
+    from .diffusion.schedule import parse_schedule, silent_segments
+    from .files import save_png
+    from .pipeline import TRACKS
+
+    start = time.perf_counter()
+    if args.out.suffix.lower() != ".png":
+        raise ValueError(f"--out {args.out}: pictures are written as .png, which keeps how they were made")
+    _check_target(args.out)
+    if args.edit and not args.image:
+        raise ValueError("--edit changes a picture; give it with --image FILE")
+    images = [load_image(path) for path in args.image]
+    if args.schedule is not None:  # a mistake should not have to wait for the VLM
+        parse_schedule(args.schedule, [track for track, kinds in TRACKS.items() if images or "image" not in kinds])
+    model = _loader(args)()
+    size = args.size or (_size_of(images[0], model.multiple) if args.edit else DEFAULT_SIZE)
+    model.latent_shape(args.count, size)
+    if args.edit and not args.size and size != images[0].size:
+        _note(args, f"the source is {_px(images[0].size)} px, the picture will be {_px(size)}; --size chooses another")
+
+    request = Request(args.prompt, tuple(images), max_tiles=args.max_tiles)
+    if args.rewrite:
+        with _bar(args, args.max_new_tokens, "rewriting") as bar:
+            conditions = model.prepare([request], on_token=lambda *_: bar.update(), **_rewriting(args))
+    else:
+        conditions = model.prepare([request], rewriting=False)
+    _warn_of_unknown_words(model.vlm, args.prompt)
+
+    steps = model.spec.steps if args.steps is None else args.steps
+    guidance = model.spec.guidance if args.guidance is None else args.guidance
+    schedule = f"{conditions.default_track}:0-1" if args.schedule is None else args.schedule
+    for segment in silent_segments(parse_schedule(schedule), steps, timesteps(steps, model.spec.shift)):
+        _warn(f"segment '{segment}' of the schedule covers none of the {steps} steps")
+    with _bar(args, steps, "sampling") as bar:
+        latents = model.sample(
+            conditions,
+            schedule=schedule,
+            steps=steps,
+            guidance=guidance,
+            seed=args.seed,
+            size=size,
+            sampler=args.sampler,
+            count=args.count,
+            callback=lambda *_: bar.update(),
+        )
+    record = {
+        "prompt": args.prompt,
+        "images": [str(path) for path in args.image],
+        "max_tiles": args.max_tiles,
+        "rewrite": _rewrite_report(conditions.rewrites.results[0]) if conditions.rewrites else None,
+        "schedule": schedule,
+        "steps": steps,
+        "guidance": guidance,
+        "sampler": args.sampler,
+        "size": list(size),
+        "model": {"name": args.model, "spec": model.spec.name, "vlm": model.vlm.identity},
+    }
+    if conditions.rewrites:
+        print(conditions.texts[0])
+    pictures = []
+    for number, image in enumerate(model.decode(latents)):
+        path = args.out if args.count == 1 else args.out.with_stem(f"{args.out.stem}-{number + 1}")
+        seed = (args.seed + number) % 2**64
+        save_png(path, image, {**record, "seed": seed})
+        print(f"{path}  {_px(size)} px, seed {seed}")
+        pictures.append({"file": str(path), "seed": seed})
+    return {**record, "seed": args.seed, "pictures": pictures, "seconds": time.perf_counter() - start}
+
+
+def rewrite(args: argparse.Namespace) -> Report:
+    from .conditioning.vlm import Request, load_image
+
+    start = time.perf_counter()
+    images = tuple(map(load_image, args.image))
+    model = _loader(args)()
+    request = Request(args.prompt, images, max_tiles=args.max_tiles)
+    stream = _Stream()
+    with _bar(args, args.max_new_tokens, "rewriting", shown=not sys.stdout.isatty()) as bar:
+
+        def on_token(row: int, token: int, text: str) -> None:
+            bar.update()
+            if sys.stdout.isatty():
+                stream.show(text)
+
+        result = model.rewrite([request], on_token=on_token, **_rewriting(args)).results[0]
+    stream.show(result.text)
+    print()
+    _warn_of_unknown_words(model.vlm, args.prompt)
+    return {
+        "prompt": args.prompt,
+        "images": [str(path) for path in args.image],
+        **_rewrite_report(result),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def evaluate_micro(args: argparse.Namespace) -> Report:
+    from .evaluation import micro, report
+
+    with _progress(args) as progress:
+        scores = micro.evaluate(
+            _loader(args), split=args.split, num=args.n, seeds=args.seeds or (args.seed, args.seed + 1), progress=progress
+        )
+    print(report.table(scores))
+    return scores
+
+
+def evaluate_reconstruction(args: argparse.Namespace) -> Report:
+    from .evaluation import reconstruction, report
+
+    with _progress(args) as progress:
+        scores = reconstruction.evaluate(
+            _loader(args), tiles=args.tiles, num=args.n, seed=args.seed, progress=progress
+        )
+    print(report.table(scores))
+    return scores
+
+
+def bench(args: argparse.Namespace) -> Report:
+    from .evaluation import bench
+
+    with _progress(args) as progress:
+        report = bench.run(_loader(args)(), seed=args.seed, progress=progress)
+    print(bench.table(report))
+    return report
+
+
+def train(args: argparse.Namespace) -> Report:
+    if args.list:
+        for name, what in RECIPES.items():
+            print(f"{name:14}{what}")
+        return {"recipes": RECIPES}
+    if args.recipe is None or args.out is None:
+        raise ValueError(f"train needs a recipe ({', '.join(RECIPES)}) and --out DIR; --list describes the recipes")
+    _check_device(args.device)
+    from .training import recipes
+
+    start = time.perf_counter()
+    written = recipes.run(args.recipe, args.out, seed=args.seed, device=args.device, steps=args.steps)
+    seconds = time.perf_counter() - start
+    print(f"{written}  {args.recipe}, {seconds:.0f} s")
+    return {"recipe": args.recipe, "written": str(written), "seed": args.seed, "steps": args.steps, "seconds": seconds}
+
+
+# What verbs share.
+
+
+def _loader(args: argparse.Namespace) -> Callable[..., UniFusion]:
+    """Returns load(name), which loads each model once; a --model of the user's stands in for the embedded ones."""
+    from .pipeline import load_model
+
+    _check_device(args.device)
+
+    @cache
+    def load(name: str) -> UniFusion:
+        return load_model(name, device=args.device)
+
+    return lambda name="micro": load(name if args.model == "micro" else args.model)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this PyTorch sees no CUDA device; leave --device out to use the CPU")
+
+
+def _check_target(path: Path) -> None:
+    """Raises ValueError, before any work is done, where a file could not be put."""
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; give the name of a file")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{path}: {existing} is a file, not a folder")
+
+
+def _size_of(image: Image.Image, multiple: int) -> tuple[int, int]:
+    """The size of a source picture, shrunk to LONGEST_EDIT_SIDE and rounded to what the model can draw."""
+    scale = min(1, LONGEST_EDIT_SIDE / max(image.size))
+    width, height = (max(multiple, round(side * scale / multiple) * multiple) for side in image.size)
+    return width, height
+
+
+def _rewriting(args: argparse.Namespace) -> Report:
+    return {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
+
+
+def _rewrite_report(result) -> Report:
+    """A `Rewrite` as JSON."""
+    return {
+        "text": result.text,
+        "token_ids": list(result.token_ids),
+        "ended": result.ended,
+        "settings": asdict(result.settings),
+    }
+
+
+def _warn_of_unknown_words(vlm: FrozenVLM, prompt: str) -> None:
+    """Names the words that the tokenizer reads as its unknown token, whose meaning is thereby lost."""
+    unknown = vlm.tokenizer.unk_token_id
+    if unknown is None:
+        return
+    tokens = vlm.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+    pairs = zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+    words = list(dict.fromkeys(prompt[start:stop] for token, (start, stop) in pairs if token == unknown))
+    if words:
+        more = f" and {len(words) - 8} more" if len(words) > 8 else ""
+        _warn(f"words that this model does not know: {', '.join(words[:8])}{more}")
+
+
+def _warn(text: str) -> None:
+    print(f"unifusion: warning: {text}", file=sys.stderr)
+
+
+def _note(args: argparse.Namespace, text: str) -> None:
+    if not args.quiet:
+        print(f"unifusion: note: {text}", file=sys.stderr)
+
+
+@contextmanager
+def _bar(args: argparse.Namespace, total: int | None, what: str, shown: bool = True) -> Iterator:
+    """A progress bar that leaves no trace; drawn on a terminal only."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, leave=False, disable=None if shown and not args.quiet else True) as bar:
+        yield bar
+
+
+@contextmanager
+def _progress(args: argparse.Namespace) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar as progress(part, done, total)."""
+    with _bar(args, None, "") as bar:
+
+        def progress(part: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.set_description(part, refresh=False)
+            bar.n = done
+            bar.refresh()
+
+        yield progress
+
+
+class _Stream:
+    """Prints a growing text as it grows."""
+
+    def __init__(self) -> None:
+        self.shown = ""
+
+    def show(self, text: str) -> None:
+        text = text.strip()
+        if text.startswith(self.shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character
+            print(text[len(self.shown) :], end="", flush=True)
+            self.shown = text
+
+
+def _px(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+# The parser.
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"unifusion: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="unifusion",
+        description="Pictures from prompts and pictures, with a vision-language model as the only encoder.",
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    verb = _verb(
+        verbs, "demo", demo, [_common(), _model()], "show all the embedded model can do", "unifusion demo --out demo"
+    )
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for pictures and demo.json")
+
+    verb = _verb(
+        verbs,
+        "generate",
+        generate,
+        [_common(), _model(), _request()],
+        "draw a picture",
+        'unifusion generate "a red heart at top-left and a star" --out heart.png\n'
+        '  unifusion generate "make the heart blue" --image heart.png --edit --out blue.png',
+    )
+    verb.add_argument("--edit", action="store_true", help="change the first --image; the picture takes its size")
+    verb.add_argument("--schedule", metavar="S", help="who speaks when, as 'image:0-0.15, text:0.15-1' (default: all)")
+    verb.add_argument("--no-rewrite", dest="rewrite", action="store_false", help="use the prompt's own tokens")
+    verb.add_argument("--steps", type=_whole(1, 10_000), metavar="N", help="default: the model's, 20 for micro")
+    verb.add_argument("--guidance", type=_number, metavar="G", help="1 = none (default: the model's)")
+    verb.add_argument("--size", type=_size, metavar="WxH", help="in px (default: 64x64, or the source's with --edit)")
+    verb.add_argument("--sampler", choices=("euler", "heun"), default="euler", help="default: euler")
+    verb.add_argument(
+        "--count", type=_whole(1, 256), default=1, metavar="N", help="pictures F-1.png … F-N.png, of seeds S, S+1, …"
+    )
+    verb.add_argument("--out", type=Path, required=True, metavar="F.png", help="where the picture goes")
+
+    _verb(
+        verbs,
+        "rewrite",
+        rewrite,
+        [_common(), _model(), _request()],
+        "print what the VLM makes of a prompt (VERIFI)",
+        'unifusion rewrite "the shape with three sides in the color of grass"',
+    )
+
+    suites = _verb(verbs, "evaluate", None, [], "score a model", "unifusion evaluate micro --n 200 --json scores.json")
+    suites = suites.add_subparsers(title="suites", metavar="SUITE", required=True)
+    suite = _verb(
+        suites,
+        "micro",
+        evaluate_micro,
+        [_common(), _model()],
+        "prompts and edits of the micro-world",
+        "unifusion evaluate micro --split heldout --n 200 --seeds 0,1",
+    )
+    suite.add_argument("--split", choices=("heldout", "train"), default="heldout", help="default: heldout")
+    suite.add_argument("--n", type=_whole(1), default=200, metavar="N", help="cases of each kind and seed (default: 200)")
+    suite.add_argument("--seeds", type=_list(0), metavar="S,…", help="default: that of --seed and the next")
+    suite = _verb(
+        suites,
+        "reconstruction",
+        evaluate_reconstruction,
+        [_common(), _model()],
+        "pictures drawn again from their tokens",
+        "unifusion evaluate reconstruction --tiles 1,4,9",
+    )
+    suite.add_argument("--tiles", type=_list(1), default=(1, 4, 9), metavar="N,…", help="default: 1,4,9")
+    suite.add_argument("--n", type=_whole(1), default=100, metavar="N", help="pictures (default: 100)")
+
+    _verb(verbs, "bench", bench, [_common(), _model()], "measure speed, as ratios", "unifusion bench --json bench.json")
+
+    verb = _verb(
+        verbs,
+        "train",
+        train,
+        [_common()],
+        "train the micro model",
+        "unifusion train micro-vae --out runs/micro --steps 100",
+    )
+    verb.add_argument("recipe", nargs="?", choices=tuple(RECIPES), metavar="RECIPE", help=", ".join(RECIPES))
+    verb.add_argument("--out", type=Path, metavar="DIR", help="folder for weights and logs")
+    verb.add_argument("--steps", type=_whole(1), metavar="N", help="default: the recipe's")
+    verb.add_argument("--list", action="store_true", help="describe the recipes")
+    verb.set_defaults(device=None)  # accelerate chooses
+    return parser
+
+
+def _verb(verbs, name: str, run, parents: list, what: str, example: str) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        name,
+        parents=parents,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _common() -> argparse.ArgumentParser:
+    options = _Parser(add_help=False)
+    options.add_argument("--json", type=Path, metavar="FILE", help="write all that is printed, and more, as JSON")
+    options.add_argument("--seed", type=_whole(0, 2**64 - 1), default=0, metavar="S", help="default: 0")
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    options.add_argument("--quiet", action="store_true", help="no progress bars, no notes")
+    return options
+
+
+def _model() -> argparse.ArgumentParser:
+    options = _Parser(add_help=False)
+    options.add_argument("--model", default="micro", help="micro (default), micro-base, or a model folder")
+    return options
+
+
+def _request() -> argparse.ArgumentParser:
+    options = _Parser(add_help=False)
+    options.add_argument("prompt", metavar="PROMPT", help="what the picture should show, or what should change")
+    options.add_argument(
+        "--image", type=Path, action="append", default=[], metavar="F", help="a picture to look at; may be repeated"
+    )
+    options.add_argument("--max-tiles", type=_whole(1, 100), default=9, metavar="N", help="per picture (default: 9)")
+    options.add_argument("--temperature", type=_number, default=0.0, help="of the rewrite (default: 0, greedy)")
+    options.add_argument(
+        "--max-new-tokens", type=_whole(1), default=128, metavar="N", help="of the rewrite (default: 128)"
+    )
+    return options
+
+
+def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,20}", text) or not low <= int(text) <= (math.inf if high is None else high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {limits}")
+        return int(text)
+
+    return read
+
+
+def _list(low: int) -> Callable[[str], tuple[int, ...]]:
+    return lambda text: tuple(map(_whole(low), text.split(",")))
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{1,6})[xX]([0-9]{1,6})", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size in px, such as 64x64")
+    return int(match[1]), int(match[2])

@@ -1,0 +1,86 @@
+"""What crosses from conditioning to diffusion: one sequence of condition tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Tokens that enter the DiT's sequence, before the DiT's own text projection.
+
+    Attributes:
+        tokens: [B, T, E] float.
+        mask: [B, T] bool, True where a real token stands; None when all are real.
+        positions: [B, T, 3] float (is_image, y, x), the centre of an image token as a fraction of its source image;
+            text tokens are zero. None when all are zero.
+    """
+
+    tokens: Tensor
+    mask: Tensor | None = None
+    positions: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def row(self, index: int) -> Condition:
+        """One row without its padding, so that a row in a batch equals its single run."""
+        keep = slice(None) if self.mask is None else self.mask[index]
+        return Condition(
+            self.tokens[index, keep][None],
+            None,
+            None if self.positions is None else self.positions[index, keep][None],
+        )
+
+    def to(self, *args, **kwargs) -> Condition:
+        """Moves tokens and positions as `Tensor.to` does; the mask keeps its dtype."""
+        tokens = self.tokens.to(*args, **kwargs)
+        return replace(
+            self,
+            tokens=tokens,
+            mask=None if self.mask is None else self.mask.to(tokens.device),
+            positions=None if self.positions is None else self.positions.to(tokens.device),
+        )
+
+
+def concatenate(*conditions: Condition) -> Condition:
+    """Joins conditions of one batch size along the token axis."""
+    if not conditions:
+        raise ValueError("nothing to concatenate: give at least one Condition")
+    return Condition(
+        torch.cat([c.tokens for c in conditions], dim=1),
+        None if all(c.mask is None for c in conditions) else torch.cat([_mask(c) for c in conditions], dim=1),
+        None if all(c.positions is None for c in conditions) else torch.cat([_positions(c) for c in conditions], dim=1),
+    )
+
+
+def stack(conditions: list[Condition]) -> Condition:
+    """Puts conditions of any lengths into one batch, right-padded with a mask."""
+    lengths = [c.tokens.shape[1] for c in conditions for _ in range(len(c))]
+    longest = max(lengths)
+
+    def pad(x: Tensor) -> Tensor:
+        return torch.cat([x, x.new_zeros(x.shape[0], longest - x.shape[1], *x.shape[2:])], dim=1)
+
+    return Condition(
+        torch.cat([pad(c.tokens) for c in conditions]),
+        torch.cat([pad(_mask(c)) for c in conditions])
+        if len(set(lengths)) > 1 or any(c.mask is not None for c in conditions)
+        else None,
+        None if all(c.positions is None for c in conditions) else torch.cat([pad(_positions(c)) for c in conditions]),
+    )
+
+
+def _mask(condition: Condition) -> Tensor:
+    if condition.mask is not None:
+        return condition.mask
+    return torch.ones(condition.tokens.shape[:2], dtype=torch.bool, device=condition.tokens.device)
+
+
+def _positions(condition: Condition) -> Tensor:
+    if condition.positions is not None:
+        return condition.positions
+    return torch.zeros(*condition.tokens.shape[:2], 3, device=condition.tokens.device)

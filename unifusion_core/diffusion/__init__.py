@@ -1,0 +1,1 @@
+"""Condition and noise in, image out."""

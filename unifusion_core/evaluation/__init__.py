@@ -1,0 +1,1 @@
+"""Scores of whole models: pictures and rewrites in, numbers with intervals out."""

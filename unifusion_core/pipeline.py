@@ -1,0 +1,297 @@
+"""The six boxes in order: VLM → VERIFI → LAP → refiner → DiT → VAE."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .checkpoint import load_checkpoint, load_into, save_checkpoint
+from .condition import Condition
+from .conditioning.hidden_states import HiddenStates
+from .conditioning.lap import LayerwiseAttentionPooling
+from .conditioning.refiner import Refiner
+from .conditioning.verifi import Rewrites, replay, rewrite
+from .conditioning.vlm import FrozenVLM, Request, load_vlm
+from .diffusion.dit import DiT
+from .diffusion.flow import Velocity, timesteps
+from .diffusion.sampler import Callback, guided, initial_noise, sample_euler, sample_heun
+from .diffusion.schedule import parse_schedule, resolve, velocity_at
+from .diffusion.vae import VAE, VAESpec
+from .presets import ModelSpec, spec_from_dict, spec_to_dict
+
+WEIGHTS = Path(__file__).parent / "weights"
+EMBEDDED = {"micro": "edit", "micro-base": "base"}  # final model (stage 2), and stage 1, which never saw an edit
+SAMPLERS = {"euler": sample_euler, "heun": sample_heun}
+TRACKS = {"image": ("image", "thumbnail"), "text": ("rewrite",), "all": ("image", "thumbnail", "rewrite")}
+MAX_SIDE = 4096  # px
+
+Sampler = Literal["euler", "heun"]
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """What the DiT may be conditioned on, by track (`image`, `text`, `all`), and the rewrites behind it."""
+
+    tracks: Mapping[str, Condition]
+    texts: tuple[str, ...] = ()
+    rewrites: Rewrites | None = None
+
+    @property
+    def default_track(self) -> str:
+        return "all" if "all" in self.tracks else next(iter(self.tracks))
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tracks.values())))
+
+
+class UniFusion:
+    """A frozen VLM, the trained LAP, refiner and DiT, and a VAE."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        vlm: FrozenVLM,
+        lap: LayerwiseAttentionPooling,
+        refiner: Refiner,
+        dit: DiT,
+        vae: VAE,
+    ) -> None:
+        check_vlm(spec, vlm.identity, vlm.layers)
+        self.spec, self.vlm, self.vae = spec, vlm, vae
+        self.lap, self.refiner, self.dit = lap, refiner, dit
+        for module in (lap, refiner, dit, vae):
+            module.eval().requires_grad_(False)
+        self._empty: Condition | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.dit.parameters()).device
+
+    # Prompt and images → conditions.
+
+    def rewrite(self, requests: Sequence[Request], **settings) -> Rewrites:
+        """VERIFI; `settings` are those of `conditioning.verifi.rewrite`."""
+        return rewrite(self.vlm, requests, **settings)
+
+    def prepare(self, requests: Sequence[Request], *, rewriting: bool = True, **settings) -> Conditions:
+        """Requests → conditions; with rewriting off, the instruction's own tokens stand in for the rewrite's."""
+        if rewriting:
+            rewrites = self.rewrite(requests, **settings)
+            return replace(self.conditions(rewrites.hidden_states), texts=tuple(rewrites.texts), rewrites=rewrites)
+        for row, request in enumerate(requests):
+            if not request.prompt.strip():
+                raise ValueError(f"request {row}: the prompt is empty; say what the picture should show")
+        return self.conditions(self.vlm.encode(requests), text_kind="instruction")
+
+    def replay(self, requests: Sequence[Request], texts: Sequence[str]) -> Conditions:
+        """Conditions from rewrites that are already known or were written by hand, by one forward."""
+        ids = [self.vlm.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        return replace(self.conditions(replay(self.vlm, requests, ids)), texts=tuple(texts))
+
+    @torch.no_grad()
+    def conditions(self, hidden: HiddenStates, text_kind: str = "rewrite") -> Conditions:
+        """Hidden states → tracks. LAP runs once; each track is refined by itself, since refining mixes its tokens."""
+        pooled = self.pool(hidden)
+        present = {span.kind for row in hidden.spans for span in row}
+        tracks = {}
+        for track, kinds in TRACKS.items():
+            kinds = tuple(text_kind if kind == "rewrite" else kind for kind in kinds)
+            needed = {"image": {"image"}, "text": {text_kind}, "all": {"image", text_kind}}[track]
+            if needed <= present:
+                tracks[track] = self.refine(pooled.select(*kinds))
+        return Conditions(tracks)
+
+    @torch.no_grad()
+    def pool(self, hidden: HiddenStates, drop_layers: Sequence[int] = ()) -> HiddenStates:
+        """LAP: states [B, T, L, E] → [B, T, 1, E], spans and positions kept."""
+        check_vlm(self.spec, hidden.vlm, hidden.layers)
+        hidden = hidden.to(self.device, next(self.lap.parameters()).dtype)
+        if self.spec.refiner_place == "before":
+            states = hidden.states.movedim(2, 1).flatten(0, 1)
+            mask = hidden.mask.repeat_interleave(hidden.states.shape[2], 0)
+            states = self.refiner(states, mask).unflatten(0, (len(hidden.mask), -1)).movedim(1, 2)
+            hidden = replace(hidden, states=states)
+        return replace(hidden, states=self.lap(hidden.states, drop_layers=drop_layers)[:, :, None])
+
+    @torch.no_grad()
+    def refine(self, pooled: HiddenStates) -> Condition:
+        """The refiner over one track's tokens → what enters the DiT."""
+        mask = None if bool(pooled.mask.all()) else pooled.mask
+        tokens = pooled.states.squeeze(2)
+        if self.spec.refiner_place == "after":
+            tokens = self.refiner(tokens, mask)
+        return Condition(tokens, mask, pooled.positions if bool(pooled.positions.any()) else None)
+
+    def empty(self) -> Condition:
+        """The true empty condition, for guidance; computed once."""
+        if self._empty is None:
+            self._empty = self.refine(self.pool(self.vlm.encode_empty()))
+        return self._empty
+
+    # Conditions and noise → image.
+
+    def velocity(self, condition: Condition) -> Velocity:
+        """The DiT under one condition, whose single row serves every row of x."""
+
+        def velocity(x: Tensor, t: Tensor, step: int) -> Tensor:
+            rows = _for_rows(condition, len(x))
+            return self.dit(x, t, rows.tokens, rows.mask, rows.positions)
+
+        return velocity
+
+    def sample(
+        self,
+        conditions: Conditions | Mapping[str, Condition],
+        *,
+        schedule: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        size: tuple[int, int] = (64, 64),
+        sampler: Sampler = "euler",
+        count: int | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Conditions → latents [B, C, h, w].
+
+        Args:
+            schedule: which track speaks at which step (`diffusion.schedule`); None: the fullest track throughout.
+            size: width and height in px, divisible by `self.multiple`.
+            count: pictures to make; None: one per condition row. Row i starts from seed + i.
+        Raises:
+            ValueError: a schedule, size, number of steps or guidance that cannot be used.
+        """
+        tracks = conditions.tracks if isinstance(conditions, Conditions) else conditions
+        default = conditions.default_track if isinstance(conditions, Conditions) else next(iter(tracks))
+        steps = self.spec.steps if steps is None else steps
+        guidance = self.spec.guidance if guidance is None else guidance
+        times = timesteps(steps, self.spec.shift)
+        mixes = resolve(parse_schedule(schedule or f"{default}:0-1", tracks), steps, times)
+        used = {track for mix in mixes for track, _ in mix}
+        conditional = velocity_at(mixes, {track: self.velocity(tracks[track]) for track in used})
+        unconditional = self.velocity(self.empty()) if guidance != 1 and math.isfinite(guidance) else None
+        velocity = guided(conditional, unconditional, guidance)
+        rows = count or max(len(tracks[track]) for track in used)
+        noise = initial_noise(self.latent_shape(rows, size), seed, self.device)
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+        return SAMPLERS[sampler](velocity, noise, times, callback)
+
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        pixels = self.vae.decode(latents).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(np.ascontiguousarray(image)) for image in pixels]
+
+    @property
+    def multiple(self) -> int:
+        """What both sides of a picture must divide by."""
+        return self.vae.spec.compression * self.spec.dit.patch_size
+
+    def latent_shape(self, count: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        width, height = size
+        if min(size) < self.multiple or max(size) > MAX_SIDE or width % self.multiple or height % self.multiple:
+            raise ValueError(
+                f"size {width}x{height}: both sides must be multiples of {self.multiple} from {self.multiple} to "
+                f"{MAX_SIDE} px"
+            )
+        factor = self.vae.spec.compression
+        return count, self.spec.dit.in_channels, height // factor, width // factor
+
+    def generate(
+        self,
+        prompt: str,
+        images: Sequence[Image.Image] = (),
+        *,
+        rewriting: bool = True,
+        max_tiles: int = 9,
+        on_token: Callable[[int, int, str], None] | None = None,
+        **sampling,
+    ) -> tuple[Image.Image, Conditions]:
+        """One prompt → one picture, and what it was conditioned on; `sampling` goes to `sample`."""
+        request = Request(prompt, tuple(images), max_tiles=max_tiles)
+        settings = {"on_token": on_token} if rewriting else {}
+        conditions = self.prepare([request], rewriting=rewriting, **settings)
+        return self.decode(self.sample(conditions, **sampling))[0], conditions
+
+
+def check_vlm(spec: ModelSpec, identity: str, layers: Sequence[int]) -> None:
+    """Raises ValueError unless hidden states come from the VLM and the layers that the model was trained on."""
+    if spec.vlm is not None and identity != spec.vlm:
+        raise ValueError(
+            f"model {spec.name!r} was trained on the VLM {spec.vlm}, but these states come from {identity}"
+        )
+    if tuple(layers) != spec.layers:
+        raise ValueError(f"model {spec.name!r} pools layers {spec.layers}, but layers {tuple(layers)} were tapped")
+
+
+def load_model(
+    name: str | Path = "micro", *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> UniFusion:
+    """Loads a whole model.
+
+    Args:
+        name: an embedded model ("micro", "micro-base"), or a folder that holds `vlm/`, `vae.safetensors` and
+            `model.safetensors`.
+    Raises:
+        ValueError: no such model, or files that are missing, damaged or do not belong together.
+    """
+    folder, weights = (WEIGHTS / "micro", EMBEDDED[name]) if name in EMBEDDED else (Path(name), "model")
+    if not folder.is_dir():
+        raise ValueError(
+            f"no model {str(name)!r}: give {', '.join(EMBEDDED)} or a folder with vlm/ and safetensors files"
+        )
+    spec, parts = load_generator(folder / f"{weights}.safetensors", device=device, dtype=dtype)
+    vlm = load_vlm(folder / "vlm", layers=spec.layers, device=device, dtype=dtype)
+    return UniFusion(spec, vlm, *parts, load_vae(folder / "vae.safetensors", device=device, dtype=dtype))
+
+
+def load_generator(
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[ModelSpec, tuple[LayerwiseAttentionPooling, Refiner, DiT]]:
+    """Loads LAP, refiner and DiT from one checkpoint."""
+    data, tensors = load_checkpoint(path, device, dtype)
+    spec = spec_from_dict(data)
+    parts = LayerwiseAttentionPooling(spec.lap), Refiner(spec.refiner), DiT(spec.dit)
+    holder = torch.nn.ModuleDict(dict(zip(("lap", "refiner", "dit"), parts, strict=True))).to(device, dtype)
+    load_into(holder, tensors, name=str(path))
+    return spec, parts
+
+
+def save_generator(
+    path: str | Path, spec: ModelSpec, module: torch.nn.Module, dtype: torch.dtype | None = None
+) -> None:
+    """Saves a module with parts named `lap`, `refiner` and `dit`."""
+    tensors = {key: value.to(dtype or value.dtype) for key, value in module.state_dict().items()}
+    save_checkpoint(path, tensors, spec_to_dict(spec))
+
+
+def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> VAE:
+    data, tensors = load_checkpoint(path, device, dtype)
+    try:
+        spec = VAESpec(**{**data, "block_channels": tuple(data["block_channels"])})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: its header does not describe a VAE: {error}") from None
+    vae = VAE(spec).to(device, dtype)
+    load_into(vae, tensors, name=str(path))
+    return vae.eval().requires_grad_(False)
+
+
+def save_vae(path: str | Path, vae: VAE, dtype: torch.dtype | None = None) -> None:
+    tensors = {key: value.to(dtype or value.dtype) for key, value in vae.state_dict().items()}
+    save_checkpoint(path, tensors, asdict(vae.spec))
+
+
+def _for_rows(condition: Condition, rows: int) -> Condition:
+    if len(condition) == rows:
+        return condition
+    if len(condition) != 1:
+        raise ValueError(f"{len(condition)} conditions for {rows} pictures; give one, or one each")
+    expand = [None if x is None else x.expand(rows, *x.shape[1:]) for x in (condition.mask, condition.positions)]
+    return Condition(condition.tokens.expand(rows, -1, -1), *expand)

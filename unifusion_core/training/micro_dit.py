@@ -1,0 +1,278 @@
+"""Recipes `micro-stage1` and `micro-stage2`: LAP, refiner and DiT on the frozen micro VLM and VAE.
+
+Stage 1 is text-to-image, reconstruction and joint samples, as in the paper's Sec. 2 and 4; it never sees an edit.
+Stage 2 goes on from it with edits of one reference (Sec. 4); it never sees two references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
+
+from ..conditioning.lap import LayerwiseAttentionPooling
+from ..conditioning.refiner import Refiner
+from ..conditioning.vlm.tiling import split, token_positions
+from ..diffusion.dit import DiT
+from ..diffusion.flow import sample_times, velocity_target, x_t
+from ..diffusion.vae import VAE
+from ..microworld.caption import caption
+from ..microworld.edits import sample_edit
+from ..microworld.phrases import CAPTION_PATTERNS
+from ..microworld.prompts import sample_prompt
+from ..microworld.render import render, render_array
+from ..microworld.scene import Scene, sample_scene
+from ..presets import micro
+from .loop import LoopSpec, fit
+from .micro_vlm import TEXT_MIX, TILE, Collator, Row, normalize, tapped
+
+SPEC = micro()
+STAGE1 = LoopSpec(
+    steps=7000,
+    batch_size=26,
+    rate=1.5e-3,
+    muon_rate=2e-3,
+    warmup=100,
+    decay_fraction=0.5,
+    ema_decay=0.999,
+    save_minutes=4,
+)
+STAGE2 = replace(STAGE1, steps=2500, rate=7e-4, muon_rate=1e-3, decay_fraction=0.7)
+NOISES = 3  # noise levels per condition: the VLM, the VAE and the fusion head are then a small part of a step
+OBJECT_WEIGHT = 2.5  # of a cell with a thing in it, against 1 for an empty one
+EMPTY_SHARE = 0.1  # of the samples that carry text, for classifier-free guidance
+
+Keep = Literal["image", "rewrite", "both"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One training pair: what the VLM reads, which of its tokens condition the DiT, and the scene to draw."""
+
+    row: Row
+    keep: Keep
+    target: Scene
+    grid: tuple[int, int] = (1, 1)  # of tiles
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples of one kind and canvas, which run as one batch."""
+
+    samples: tuple[Sample, ...]
+    noises: int
+    seed: int
+
+
+class Generator(nn.Module):
+    """The trained half: LAP, refiner and DiT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lap = LayerwiseAttentionPooling(SPEC.lap)
+        self.refiner = Refiner(SPEC.refiner)
+        self.dit = DiT(SPEC.dit)
+
+    def init_weights(self) -> None:
+        for part in (self.lap, self.refiner, self.dit):
+            part.init_weights()
+
+
+class Trainee(nn.Module):
+    """The generator beside its frozen VLM and VAE, which are no parameters of it."""
+
+    def __init__(self, generator: Generator, frozen: Frozen) -> None:
+        super().__init__()
+        self.generator = generator
+        self._frozen = [frozen]
+
+    def forward(self, groups: Sequence[Group]) -> dict[str, Tensor]:
+        losses, weights = {}, {}
+        for group in groups:
+            name = group.samples[0].keep + ("" if group.samples[0].target.rows == 2 else "_large")
+            losses[name] = self.loss(group)
+            weights[name] = len(group.samples) * group.noises
+        total = sum(weights.values())
+        return {
+            "loss": sum(losses[k] * weights[k] / total for k in losses),
+            **{k: v.detach() for k, v in losses.items()},
+        }
+
+    def loss(self, group: Group) -> Tensor:
+        frozen = self._frozen[0]
+        states, mask, positions = frozen.states(group.samples)
+        latents, weight = frozen.latents(group.samples)
+        tokens = self.generator.refiner(self.generator.lap(states), mask)
+        repeat = group.noises
+        if repeat > 1:
+            tokens, latents, weight, positions = (
+                x.repeat_interleave(repeat, 0) for x in (tokens, latents, weight, positions)
+            )
+            mask = None if mask is None else mask.repeat_interleave(repeat, 0)
+        generator = torch.Generator().manual_seed(group.seed)
+        noise = torch.randn(latents.shape, generator=generator)
+        t = sample_times(len(latents), generator=generator)
+        predicted = self.generator.dit(x_t(latents, noise, t), t, tokens, mask, positions)
+        return (weight * (predicted - velocity_target(latents, noise)).square()).mean()
+
+
+class Frozen:
+    """The micro VLM and VAE as teachers: samples → tapped states, target latents and loss weights."""
+
+    def __init__(self, vlm: InternVLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, vae: VAE) -> None:
+        self.vlm, self.vae = vlm.eval().requires_grad_(False), vae.eval().requires_grad_(False)
+        self.collate = Collator(tokenizer)
+
+    @torch.no_grad()
+    def states(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Tapped states [B, T, L, E] of the kept tokens, their mask (None = all real) and positions [B, T, 3]."""
+        sequences, kept, places = zip(*(self._sequence(sample) for sample in samples), strict=True)
+        longest = max(map(len, sequences))
+        ids = torch.tensor([s + [0] * (longest - len(s)) for s in sequences])
+        tiles = [tile for sample in samples for tile in sample.row.tiles]
+        extra = {"pixel_values": normalize(np.stack(tiles))} if tiles else {}
+        with tapped(self.vlm) as taps:
+            self.vlm.model(input_ids=ids, use_cache=False, **extra)
+        states = torch.stack(taps["layers"], dim=2)
+        length = max(map(len, kept))
+        index = torch.tensor([k + [0] * (length - len(k)) for k in kept])
+        mask = torch.arange(length) < torch.tensor([len(k) for k in kept])[:, None]
+        positions = torch.zeros(len(kept), length, 3)
+        for i, place in enumerate(places):
+            positions[i, : len(place)] = torch.from_numpy(place)
+        states = states[torch.arange(len(kept))[:, None], index]
+        return states, None if mask.all() else mask, positions
+
+    def _sequence(self, sample: Sample) -> tuple[list[int], list[int], np.ndarray]:
+        row, collate = sample.row, self.collate
+        head = collate.head + collate.images(row)
+        ids = head + collate.encode(row.prompt) + collate.middle
+        written = collate.encode(caption(row.target)) if row.target is not None else []
+        if sample.keep != "image" and not written:
+            written = [collate.end]  # the empty condition: a rewrite that is nothing but its end
+        image = self.vlm.config.image_token_id
+        kept = [i for i, token in enumerate(head) if token == image] if sample.keep != "rewrite" else []
+        places = np.zeros((len(kept) + (len(written) if sample.keep != "image" else 0), 3), np.float32)
+        if kept:
+            places[: len(kept)] = token_positions(sample.grid, 4)
+        if sample.keep != "image":
+            kept += range(len(ids), len(ids) + len(written))
+        return ids + written, kept, places
+
+    @torch.no_grad()
+    def latents(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """Target latents [B, C, h, w] and weights [B, 1, h, w] of mean about one."""
+        images = np.stack([render_array(sample.target) for sample in samples])
+        latents = self.vae.encode(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
+        scale = 32 // self.vae.spec.compression
+        weight = torch.ones(len(samples), 1, *latents.shape[2:])
+        for i, sample in enumerate(samples):
+            for t in sample.target.things:
+                area = weight[i, 0, t.row * scale : (t.row + 1) * scale, t.column * scale : (t.column + 1) * scale]
+                area.fill_(OBJECT_WEIGHT)
+        return latents, weight / (0.5 + 0.5 * OBJECT_WEIGHT)
+
+
+def text_sample(rng: Random, rows: int = 2, columns: int = 2) -> Sample:
+    """A rewrite that follows a prompt of any kind; or, rarely, nothing at all."""
+    if rng.random() < EMPTY_SHARE:
+        return Sample(row=Row(), keep="rewrite", target=sample_scene(rng, rows=rows, columns=columns))
+    if rng.random() < 0.5 or (rows, columns) != (2, 2):
+        count = rng.choice((1, 2, 3, 4)) if (rows, columns) != (2, 2) else rng.choices((1, 2, 3, 4), (3, 4, 4, 1))[0]
+        scene = sample_scene(rng, rows=rows, columns=columns, count=count)
+        return Sample(row=Row(prompt=caption(scene), target=scene), keep="rewrite", target=scene)
+    prompt = sample_prompt(rng, rng.choices(tuple(TEXT_MIX), tuple(TEXT_MIX.values()))[0])
+    return Sample(row=Row(prompt=prompt.text, target=prompt.scene), keep="rewrite", target=prompt.scene)
+
+
+def picture_sample(rng: Random, keep: Keep) -> Sample:
+    """A picture to be drawn again: from its tokens, from the VLM's description of it, or from both."""
+    scene = sample_scene(rng, count=rng.choices((1, 2, 3, 4), (3, 4, 4, 1))[0])
+    if keep == "image":
+        return Sample(row=Row(tiles=(render_array(scene),)), keep=keep, target=scene)
+    prompt = rng.choice(CAPTION_PATTERNS["train"])
+    return Sample(row=Row(tiles=(render_array(scene),), prompt=prompt, target=scene), keep=keep, target=scene)
+
+
+def tiled_sample(rng: Random, grid: tuple[int, int]) -> Sample:
+    """A 128-px picture to be drawn again from its tiles."""
+    scene = sample_scene(rng, rows=4, columns=4, count=rng.randint(3, 10))
+    tiles = tuple(np.asarray(tile) for tile in split(render(scene), grid, TILE))
+    return Sample(row=Row(tiles=tiles, per_image=(len(tiles),)), keep="image", target=scene, grid=grid)
+
+
+def edit_sample(rng: Random) -> Sample:
+    edit = sample_edit(rng)
+    row = Row(tiles=(render_array(edit.source),), prompt=edit.instruction, target=edit.target)
+    return Sample(row=row, keep="both", target=edit.target)
+
+
+def side_group(rng: Random, step: int, shard: tuple[int, int]) -> Group:
+    """A few samples of other canvases: tiled 128-px pictures, or text on a wide or tall canvas."""
+    if step % 2:
+        rows, columns = rng.choice(((2, 3), (3, 2)))
+        samples = [text_sample(rng, rows, columns) for _ in range(6)]
+    else:
+        grid = ((1, 1), (2, 2), (2, 2), (3, 3), (3, 3))[step // 2 % 5]
+        samples = [tiled_sample(rng, grid) for _ in range(4)]
+    return Group(tuple(samples[shard[0] :: shard[1]]), 1, rng.getrandbits(32))
+
+
+def stage1_batch(step: int, seed: int, size: int, shard: tuple[int, int] = (0, 1)) -> list[Group]:
+    """16 texts, 2 descriptions of unseen pictures, 5 pictures and 3 joint samples in 26, and a side group."""
+    rng = Random(f"stage1-{seed}-{step}")
+    texts = [text_sample(rng) for _ in range(size * 16 // 26)]
+    texts += [picture_sample(rng, "rewrite") for _ in range(size * 2 // 26)]
+    pictures = [picture_sample(rng, "image") for _ in range(size * 5 // 26)]
+    joint = [picture_sample(rng, "both") for _ in range(size * 3 // 26)]
+    return [*(_group(rng, samples, shard) for samples in (texts, pictures, joint)), side_group(rng, step, shard)]
+
+
+def stage2_batch(step: int, seed: int, size: int, shard: tuple[int, int] = (0, 1)) -> list[Group]:
+    """14 edits and 2 joint samples, 7 texts and 3 pictures in 26, and a side group."""
+    rng = Random(f"stage2-{seed}-{step}")
+    joint = [edit_sample(rng) for _ in range(size * 14 // 26)]
+    joint += [picture_sample(rng, "both") for _ in range(size * 2 // 26)]
+    texts = [text_sample(rng) for _ in range(size * 6 // 26)] + [picture_sample(rng, "rewrite")]
+    pictures = [picture_sample(rng, "image") for _ in range(size * 3 // 26)]
+    return [*(_group(rng, samples, shard) for samples in (joint, texts, pictures)), side_group(rng, step, shard)]
+
+
+def _group(rng: Random, samples: list[Sample], shard: tuple[int, int]) -> Group:
+    return Group(tuple(samples[shard[0] :: shard[1]]), NOISES, rng.getrandbits(32) + shard[0])
+
+
+def loss(model: nn.Module, groups: list[Group]) -> tuple[Tensor, dict[str, Tensor]]:
+    losses = model(groups)
+    return losses.pop("loss"), losses
+
+
+def train(
+    folder: Path,
+    frozen: Frozen,
+    generator: Generator,
+    batch: Callable[[int, int, int, tuple[int, int]], list[Group]],
+    loop: LoopSpec,
+    *,
+    device: str | None = None,
+) -> Generator:
+    """Trains the generator in place, by `stage1_batch` or `stage2_batch`."""
+    if loop.compile:
+        for block in (*generator.lap.blocks, *generator.refiner.blocks, *generator.dit.blocks):
+            block.compile(dynamic=True)
+    fit(
+        Trainee(generator, frozen),
+        loss,
+        lambda step, seed, shard: batch(step, seed, loop.batch_size, shard),
+        loop,
+        folder,
+        device=device,
+    )
+    return generator

@@ -1,0 +1,99 @@
+"""Recipes by name: each trains one part in one seeded, resumable pass and saves it where the next one finds it.
+
+`micro-vae` and `micro-vlm` stand alone; `micro-stage1` needs both in the same folder, `micro-stage2` needs stage 1.
+A finished folder is what `load_model` opens: `vlm/`, `vae.safetensors`, `base.safetensors`, `edit.safetensors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from ..conditioning.vlm import load_vlm
+from ..pipeline import load_generator, load_vae, save_generator, save_vae
+from . import micro_dit, micro_vae, micro_vlm
+from .loop import LoopSpec
+
+
+def run(
+    name: str, out: Path, *, seed: int = 0, device: str | None = None, steps: int | None = None, compile: bool = False
+) -> Path:
+    """Trains one recipe into `out`; run it again to resume. Returns what was written.
+
+    Args:
+        steps: instead of the recipe's own number; the rate's fall is spread over it.
+        compile: compile the transformer blocks, where the recipe has any (stages 1 and 2).
+    Raises:
+        ValueError: an unknown recipe, or what it builds on is not in `out` yet.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}")
+    train, loop = RECIPES[name]
+    return train(Path(out), replace(loop, seed=seed, steps=steps or loop.steps, compile=compile), device)
+
+
+def _vae(out: Path, loop: LoopSpec, device: str | None) -> Path:
+    vae = micro_vae.train(out / "runs" / "micro-vae", loop=loop, device=device)
+    if PartialState().is_main_process:
+        save_vae(out / "vae.safetensors", vae, torch.float16)
+    return out / "vae.safetensors"
+
+
+def _vlm(out: Path, loop: LoopSpec, device: str | None) -> Path:
+    vlm = micro_vlm.train(out / "runs" / "micro-vlm", loop=loop, device=device)
+    if PartialState().is_main_process:
+        micro_vlm.save(vlm, micro_vlm.build_tokenizer(), out / "vlm")
+    return out / "vlm"
+
+
+def _stage1(out: Path, loop: LoopSpec, device: str | None) -> Path:
+    torch.manual_seed(loop.seed)
+    generator = micro_dit.Generator()
+    generator.init_weights()
+    return _stage(out, "base", generator, micro_dit.stage1_batch, "micro-stage1", loop, device)
+
+
+def _stage2(out: Path, loop: LoopSpec, device: str | None) -> Path:
+    _needs(out / "base.safetensors", "micro-stage1")
+    generator = micro_dit.Generator()
+    _, parts = load_generator(out / "base.safetensors")
+    for name, part in zip(("lap", "refiner", "dit"), parts, strict=True):
+        getattr(generator, name).load_state_dict(part.state_dict())
+    return _stage(out, "edit", generator, micro_dit.stage2_batch, "micro-stage2", loop, device)
+
+
+def _stage(
+    out: Path,
+    weights: str,
+    generator: micro_dit.Generator,
+    batch: Callable,
+    run_name: str,
+    loop: LoopSpec,
+    device: str | None,
+) -> Path:
+    _needs(out / "vlm", "micro-vlm")
+    _needs(out / "vae.safetensors", "micro-vae")
+    vlm = load_vlm(out / "vlm", layers=micro_dit.SPEC.layers, dtype=torch.float32)
+    frozen = micro_dit.Frozen(vlm.model, vlm.tokenizer, load_vae(out / "vae.safetensors"))
+    micro_dit.train(out / "runs" / run_name, frozen, generator, batch, loop, device=device)
+    if PartialState().is_main_process:
+        spec = replace(micro_dit.SPEC, vlm=vlm.identity)
+        save_generator(out / f"{weights}.safetensors", spec, generator, torch.float16)
+    return out / f"{weights}.safetensors"
+
+
+def _needs(path: Path, recipe: str) -> None:
+    if not path.exists():
+        raise ValueError(f"{path} is missing: run `unifusion train {recipe} --out {path.parent}` first")
+
+
+RECIPES: dict[str, tuple[Callable[[Path, LoopSpec, str | None], Path], LoopSpec]] = {
+    "micro-vae": (_vae, micro_vae.LOOP),
+    "micro-vlm": (_vlm, micro_vlm.LOOP),
+    "micro-stage1": (_stage1, micro_dit.STAGE1),
+    "micro-stage2": (_stage2, micro_dit.STAGE2),
+}
