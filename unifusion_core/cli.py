@@ -170,7 +170,11 @@ def evaluate_micro(args: argparse.Namespace) -> Report:
 
     with _progress(args) as progress:
         scores = micro.evaluate(
-            _loader(args), split=args.split, num=args.n, seeds=args.seeds or (args.seed, args.seed + 1), progress=progress
+            _loader(args),
+            split=args.split,
+            num=args.n,
+            seeds=args.seeds or (args.seed, args.seed + 1),
+            progress=progress,
         )
     print(report.table(scores))
     return scores
@@ -180,9 +184,7 @@ def evaluate_reconstruction(args: argparse.Namespace) -> Report:
     from .evaluation import reconstruction, report
 
     with _progress(args) as progress:
-        scores = reconstruction.evaluate(
-            _loader(args), tiles=args.tiles, num=args.n, seed=args.seed, progress=progress
-        )
+        scores = reconstruction.evaluate(_loader(args), tiles=args.tiles, num=args.n, seed=args.seed, progress=progress)
     print(report.table(scores))
     return scores
 
@@ -390,7 +392,9 @@ def _parser() -> argparse.ArgumentParser:
         "unifusion evaluate micro --split heldout --n 200 --seeds 0,1",
     )
     suite.add_argument("--split", choices=("heldout", "train"), default="heldout", help="default: heldout")
-    suite.add_argument("--n", type=_whole(1), default=200, metavar="N", help="cases of each kind and seed (default: 200)")
+    suite.add_argument(
+        "--n", type=_whole(1), default=200, metavar="N", help="cases of each kind and seed (default: 200)"
+    )
     suite.add_argument("--seeds", type=_list(0), metavar="S,…", help="default: that of --seed and the next")
     suite = _verb(
         suites,
@@ -439,7 +443,7 @@ def _common() -> argparse.ArgumentParser:
     options = _Parser(add_help=False)
     options.add_argument("--json", type=Path, metavar="FILE", help="write all that is printed, and more, as JSON")
     options.add_argument("--seed", type=_whole(0, 2**64 - 1), default=0, metavar="S", help="default: 0")
-    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu (train: what is there)")
     options.add_argument("--quiet", action="store_true", help="no progress bars, no notes")
     return options
 

@@ -21,8 +21,9 @@ from .microworld.scene import Scene, sample_detail, sample_scene
 from .pipeline import UniFusion
 
 SCALE = 3  # of a picture on the contact sheet
-SHEET_WIDTH, MARGIN, GAP, CELL_WIDTH = 1280, 28, 18, 240  # px
+SHEET_WIDTH, MARGIN, GAP, CELL_WIDTH = 1720, 28, 18, 240  # px; four edits fit, or four of 128 px
 BACKDROP, INK, FADED, ACCENT = (246, 245, 241), (25, 25, 25), (105, 105, 105), (30, 90, 160)
+LINE = 19  # px
 REWRITE_LINES = 7  # of VERIFI's text on the sheet; demo.json has all of it
 
 TEXT = "Text to image"
@@ -181,9 +182,7 @@ def _draw(
     guidance = model.spec.guidance if item.guidance is None else item.guidance
     conditions = model.prepare([Request(item.prompt, images, grid=item.grid)], rewriting=item.rewriting)
     schedule = item.schedule or f"{conditions.default_track}:0-1"
-    latents = model.sample(
-        conditions, schedule=schedule, steps=steps, guidance=guidance, seed=seed, size=item.size
-    )
+    latents = model.sample(conditions, schedule=schedule, steps=steps, guidance=guidance, seed=seed, size=item.size)
     image = model.decode(latents)[0]
     return image, {
         "file": f"{item.name}.png",
@@ -227,7 +226,14 @@ def contact_sheet(shown: Sequence[tuple[Item, dict[str, Any], tuple[Image.Image,
     page: list[tuple[int, str | list[_Cell]]] = [(64, "UniFusion: what the embedded model draws")]
     for section, group in groupby(shown, key=lambda entry: entry[0].section):
         page.append((46, section))
-        cells = [_cell(item, record, pictures, fonts[15]) for item, record, pictures in group]
+        entries = list(group)
+        shared = len(entries) > 1 and len({item.sources for item, _, _ in entries}) == 1
+        cells = [
+            _cell(pictures[-1:] if shared else pictures, item.prompt, item.label, record["rewrite"] or "", fonts[15])
+            for item, record, pictures in entries
+        ]
+        if shared and entries[0][0].sources:
+            cells = [_cell(entries[0][2][:-1], "the source", "", "", fonts[15]), *cells]
         page += [(max(cell.height for cell in row) + GAP, row) for row in _rows(cells)]
     sheet = Image.new("RGB", (SHEET_WIDTH, sum(height for height, _ in page) + MARGIN), BACKDROP)
     draw = ImageDraw.Draw(sheet)
@@ -245,18 +251,16 @@ def contact_sheet(shown: Sequence[tuple[Item, dict[str, Any], tuple[Image.Image,
 
 
 def _cell(
-    item: Item, record: dict[str, Any], pictures: tuple[Image.Image, ...], font: ImageFont.FreeTypeFont
+    pictures: tuple[Image.Image, ...], prompt: str, label: str, rewrite: str, font: ImageFont.FreeTypeFont
 ) -> _Cell:
     large = tuple(p.resize((p.width * SCALE, p.height * SCALE), Image.Resampling.NEAREST) for p in pictures)
     width = max(CELL_WIDTH, sum(picture.width for picture in large) + GAP * (len(large) - 1))
-    lines = [(INK, line) for line in _wrapped(item.prompt, font, width)]
-    lines += [(ACCENT, line) for line in _wrapped(item.label, font, width)]
-    rewrite = _wrapped(record["rewrite"] or "", font, width)
-    if len(rewrite) > REWRITE_LINES:
-        rewrite = [*rewrite[: REWRITE_LINES - 1], "…"]
-    lines += [(FADED, line) for line in rewrite]
-    height = max(picture.height for picture in large) + 8 + 19 * len(lines)
-    return _Cell(large, tuple(lines), width, height)
+    written = _wrapped(rewrite, font, width)
+    if len(written) > REWRITE_LINES:
+        written = [*written[: REWRITE_LINES - 1], "..."]
+    texts = ((INK, _wrapped(prompt, font, width)), (ACCENT, _wrapped(label, font, width)), (FADED, written))
+    lines = tuple((color, line) for color, part in texts for line in part)
+    return _Cell(large, lines, width, max(picture.height for picture in large) + 8 + LINE * len(lines))
 
 
 def _rows(cells: list[_Cell]) -> Iterator[list[_Cell]]:
@@ -293,4 +297,4 @@ def _paste(
         draw.rectangle((left - 1, y - 1, left + picture.width, y + picture.height), outline=(200, 200, 200))
         left += picture.width + GAP
     for number, (color, line) in enumerate(cell.lines):
-        draw.text((x, bottom + 8 + 19 * number), line, color, font)
+        draw.text((x, bottom + 8 + LINE * number), line, color, font)

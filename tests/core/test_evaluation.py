@@ -21,7 +21,7 @@ from unifusion_core.microworld.edits import sample_composition, sample_edit
 from unifusion_core.microworld.oracle import detail_scores
 from unifusion_core.microworld.prompts import sample_prompt
 from unifusion_core.microworld.render import render
-from unifusion_core.microworld.scene import Detail, Scene, Thing, sample_scene
+from unifusion_core.microworld.scene import HELD_OUT_PAIRS, Detail, Scene, Thing, sample_scene
 from unifusion_core.pipeline import UniFusion
 from unifusion_core.presets import micro as micro_spec
 from unifusion_core.training.micro_vlm import SYSTEM_PROMPT, build_model, build_tokenizer
@@ -287,7 +287,13 @@ def test_a_perfect_model_scores_one_everywhere_but_in_its_controls(answers):
         "rewrite.compose": 6,
         "rewrite.exact": 118,
     }
-    expected = {"text_to_image.exact": 14, "verifi.indirect.exact": 6, "verifi.off.full.exact": 2, "edit.success": 14}
+    expected = {
+        "text_to_image.exact": 14,
+        "verifi.indirect.exact": 14,
+        "verifi.full.exact": 6,
+        "verifi.off.full.exact": 2,
+        "edit.success": 14,
+    }
     assert {name: leaves[name]["n"] for name in expected} == expected
     assert {name.split(".")[2] for name in leaves if name.startswith("edit.success_by")} == set(micro.OPERATIONS)
     last = {part: (done, total) for part, done, total in seen}
@@ -328,14 +334,8 @@ def test_held_out_cases_are_held_out_and_train_cases_are_not():
     for split, share in (("heldout", 0.5), ("train", 0.0)):
         run = micro.Run(split=split, seeds=(0,))
         scenes = next(run.batches("x", lambda rng, _, odd: sample_scene(rng, held_out=odd), 20))[0]
-        odd = [any(thing.pair in micro_pairs() for thing in scene.things) for scene in scenes]
+        odd = [any(thing.pair in HELD_OUT_PAIRS for thing in scene.things) for scene in scenes]
         assert np.mean(odd) == share
-
-
-def micro_pairs():
-    from unifusion_core.microworld.scene import HELD_OUT_PAIRS
-
-    return HELD_OUT_PAIRS
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Micro-world scores of the embedded models: what the oracle reads off their pictures, and what VERIFI writes.
 
-On the split "heldout" every sentence pattern is one that training never saw, and every other case has a colour-and-shape
-pair that it never saw. Intervals take pictures as independent (scores of details by name: things), pooled over the seeds.
+On the split "heldout" every sentence pattern is one that training never saw, and every other case has a pair of colour
+and shape that it never saw. Intervals pool the seeds and take pictures (for single details: things) as independent.
 """
 
 from __future__ import annotations
@@ -41,11 +41,14 @@ WINDOW = (0.1, 0.15, 0.2)  # the paper's 10-20 %
 MAX_NEW_TOKENS = 64  # the longest caption of this canvas has 34
 NOISE_STRIDE = 1_000_000  # between the noises of two seeds
 NOTES = {
-    "rewrite": "canonical caption parsed; prompts by their constraints, edits and captions by equality of named attributes",
+    "rewrite": "prompts are scored by their constraints; edits and captions by equality of all named attributes",
     "verifi.off": "the mode without rewriting was not trained",
-    "edit.preserved": "details of untouched things, where something stands in their cell; the share of those is edit.found",
-    "late_subject.prompt": "three things, the last mentioned one asked for indirectly; training has no such prompt",
+    "edit.preserved": "details of untouched things where something stands in their cell, which edit.found counts",
+    "late_subject.prompt": "of three things the last mentioned is asked for indirectly, which training never does; "
+    "the first is often named by fewer attributes than the last",
 }
+
+ORDER = ("text_to_image", "rewrite", "verifi", "edit", "zero_shot_edit", "multi_reference", "late_subject", "controls")
 
 Case = TypeVar("Case")
 
@@ -104,8 +107,8 @@ def evaluate(
 
     Args:
         load_model: name → model, as `pipeline.load_model`.
-        num: cases per seed for text_to_image, each kind of rewrite, and edit; half as many for what else is drawn, and a
-            quarter for VERIFI off and the controls of two references.
+        num: cases per seed for text_to_image, each kind of rewrite, indirect prompts and edit; half as many for what
+            else is drawn, and a quarter for VERIFI off and the controls of two references.
         progress: called with (part, cases done, cases of this part).
     Returns:
         Nested scores (`report.score`), with `meta` and `notes`; JSON-able.
@@ -120,6 +123,7 @@ def evaluate(
     model = load_model("micro")
     values: Values = defaultdict(list)
     text_to_image(values, model, run, num)
+    values["rewrite", "exact"] = []  # stands first among its kind, and is filled from them
     prompts(values, model, run, num, drawn=half, drawn_off=quarter)
     captions(values, model, run, num)
     edits(values, model, run, num, controls=half)
@@ -133,7 +137,7 @@ def evaluate(
     zero_shot_edit(values, base, run, half)
     meta["micro-base"] = _describe(base)
 
-    report = nest(dict(sorted(values.items(), key=lambda item: _ORDER.index(item[0][0]))))
+    report = nest(dict(sorted(values.items(), key=lambda item: ORDER.index(item[0][0]))))
     summarize_shares(report["zero_shot_edit"])
     meta |= {
         "split": split,
@@ -145,9 +149,6 @@ def evaluate(
         "seconds": {part: round(seconds, 1) for part, seconds in run.seconds.items()},
     }
     return {**report, "notes": dict(NOTES), "meta": meta}
-
-
-_ORDER = ("text_to_image", "rewrite", "verifi", "edit", "zero_shot_edit", "multi_reference", "late_subject", "controls")
 
 
 # The parts. Each adds its values; pictures are scored by what the oracle reads off them.
@@ -165,7 +166,10 @@ def text_to_image(values: Values, model: UniFusion, run: Run, num: int) -> None:
 
 
 def prompts(values: Values, model: UniFusion, run: Run, num: int, *, drawn: int, drawn_off: int) -> None:
-    """Prompts of every kind: the rewrite's text, and the pictures of the first `drawn` with and without rewriting."""
+    """Prompts of every kind: the rewrite's text, and pictures of the first `drawn` (indirect: all).
+
+    The first `drawn_off` are drawn without rewriting as well, except late ones.
+    """
     for kind in (*KINDS, "late"):
 
         def make(rng: Random, _: int, odd: bool, kind: str = kind) -> Prompt:
@@ -179,14 +183,14 @@ def prompts(values: Values, model: UniFusion, run: Run, num: int, *, drawn: int,
                 scene is not None and case.constraints.accepts(scene)
                 for scene, case in zip(map(parsed, conditions.texts), cases, strict=True)
             ]
-            if (left := drawn - start) > 0:
+            if (left := (num if kind == "indirect" else drawn) - start) > 0:
                 pictures = draw(model, conditions, noise)[:left]
                 if kind == "late":
                     collect(values, ("late_subject", "prompt"), score_late_prompts(pictures, cases[:left]))
                 else:
                     values["verifi", kind, "exact"] += score_prompts(pictures, cases[:left])
             if kind != "late" and (left := drawn_off - start) > 0:
-                pictures = draw(model, model.prepare(requests, rewriting=False), noise)[:left]
+                pictures = draw(model, model.prepare(requests[:left], rewriting=False), noise)
                 values["verifi", "off", kind, "exact"] += score_prompts(pictures, cases[:left])
 
 
@@ -203,7 +207,7 @@ def captions(values: Values, model: UniFusion, run: Run, num: int) -> None:
 
 
 def edits(values: Values, model: UniFusion, run: Run, num: int, *, controls: int) -> None:
-    """Edits end to end with image and rewritten tokens, and controls beside them on the first `controls` of each seed."""
+    """Edits end to end with image and rewritten tokens; the controls take the first `controls` edits of each seed."""
     for cases, start, noise in run.batches("edit", _make_edit(run), num):
         sources = [render(edit.source) for edit in cases]
         requests = [Request(edit.instruction, (source,)) for edit, source in zip(cases, sources, strict=True)]
@@ -307,9 +311,9 @@ def summarize_shares(report: dict[str, Any]) -> None:
 class EditScores:
     """Values of edited pictures.
 
-    success: per picture, whether all named attributes are the target's. preserved: per picture, the share of details kept
-    by the things that should keep them and were found. found: per such thing, whether anything stands in its cell.
-    details: per found thing, by name of the detail.
+    success: per picture, whether all named attributes are the target's. preserved: per picture, the share of details
+    kept by the things that should keep them and were found. found: per such thing, whether anything stands in its
+    cell. details: per found thing, by name of the detail.
     """
 
     success: list[float]
@@ -352,7 +356,7 @@ def score_texts(texts: Sequence[str], scenes: Sequence[Scene]) -> list[float]:
 
 
 def score_order(pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[str, list[float]]:
-    """Per picture, whether shape, colour and size of the first and of the last mentioned thing are right at its cell."""
+    """Per picture, whether shape, colour and size of the first and the last mentioned thing are right at its cell."""
     values: dict[str, list[float]] = {"first": [], "last": []}
     for picture, scene in zip(pictures, scenes, strict=True):
         seen = {thing.attributes for thing in read(picture).scene.things}

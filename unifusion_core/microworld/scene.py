@@ -1,8 +1,8 @@
 """The micro-world's one small table of words, and scenes made of them.
 
 A scene is a grid of 32-px cells, at most one coloured shape in each. What a caption names (shape, colour, size, cell,
-background) is an attribute; what no caption names (shade, rotation, sub-cell offset, stripes, mark) is `Detail`, so that
-preservation can only be met through image tokens.
+background) is an attribute; what no caption names (shade, rotation, sub-cell offset, stripes, mark) is `Detail`, so
+that preservation can only be met through image tokens.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ HELD_OUT_PAIRS = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Detail:
-    """What no caption names. Shade is a factor, rotation in degrees, dx and dy in px, stripes and mark from the table."""
+    """What no caption names: shade is a factor, rotation in degrees, dx and dy in px, stripes and mark are words."""
 
     shade: float = 0.9
     rotation: float = 0.0
@@ -147,7 +147,8 @@ def sample_scene(
     """A random scene of 1..3 things (more on larger canvases); `held_out=True` puts one held-out pair into it."""
     cells = [(row, column) for row in range(rows) for column in range(columns)]
     if count is None:
-        count = rng.choices((1, 2, 3), (0.25, 0.4, 0.35))[0] if len(cells) <= 4 else rng.randint(1, len(cells) * 2 // 3)
+        few, many = rng.choices((1, 2, 3), (0.25, 0.4, 0.35))[0], len(cells) * 2 // 3
+        count = min(few, len(cells)) if len(cells) <= 4 else rng.randint(1, many)
     chosen = sorted(rng.sample(cells, count))
     odd = rng.randrange(count) if held_out else -1
     things = tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -17,6 +18,7 @@ from .loop import LoopSpec, fit
 
 SPEC = VAESpec()
 LOOP = LoopSpec(steps=4500, batch_size=16, rate=2e-3, warmup=100, decay_fraction=0.5, weight_decay=0.0, ema_decay=0.999)
+DECODER = replace(LOOP, steps=4000, rate=1e-3, decay_fraction=0.7)
 FOREGROUND_WEIGHT = 5.0
 KL_WEIGHT = 1e-5
 
@@ -47,16 +49,19 @@ def loss(model: nn.Module, pairs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 def train(folder: Path, *, loop: LoopSpec = LOOP, device: str | None = None) -> VAE:
     """Trains the VAE and measures its latents' mean and deviation, per channel, over 512 scenes."""
     model = VAE(SPEC)
-    fit(
-        model,
-        loss,
-        lambda step, seed, shard: batch(step, seed, size=loop.batch_size)[shard[0] :: shard[1]],
-        loop,
-        folder,
-        device=device,
-    )
+    fit(model, loss, _batches(loop), loop, folder, device=device)
     with torch.no_grad():
         latents = torch.cat([model.posterior(batch(-1 - i, loop.seed, size=64)[:, :3]).mode() for i in range(8)])
     model.latent_mean.copy_(latents.mean((0, 2, 3)))
     model.latent_std.copy_(latents.std((0, 2, 3)))
     return model
+
+
+def sharpen(model: VAE, folder: Path, *, loop: LoopSpec = DECODER, device: str | None = None) -> VAE:
+    """Trains the decoder alone, so that latents, and what was trained on them, stay as they are."""
+    model.autoencoder.encoder.requires_grad_(False)
+    return fit(model, loss, _batches(replace(loop, seed=loop.seed + 1)), loop, folder, device=device)
+
+
+def _batches(loop: LoopSpec):
+    return lambda step, _, shard: batch(step, loop.seed, size=loop.batch_size)[shard[0] :: shard[1]]

@@ -187,7 +187,7 @@ def normalize(tiles: np.ndarray) -> Tensor:
 
 
 def scene_attributes(scene: Scene | None) -> np.ndarray:
-    """[16, 5]: for each image token, shape, colour, size, stripes and mark of its cell; 0 is "nothing there", -1 unknown."""
+    """[16, 5]: shape, colour, size, stripes and mark of each image token's cell; 0 is "nothing there", -1 unknown."""
     if scene is None:
         return np.full((16, 5), -1, np.int64)
     table = np.zeros((4, 4, 5), np.int64)
@@ -358,7 +358,7 @@ def batch(step: int, seed: int, collate: Collator, size: int, shard: tuple[int, 
     """One step's rows, sorted by length into three padded parts; `shard` = (process, processes) takes its share."""
     rng = Random(f"vlm-{seed}-{step}")
     rows = (
-        text_rows(rng, size * 4 // 7) + image_rows(rng, size - size * 4 // 7) + looking_rows(rng, tiled=step % 3 == 0)
+        text_rows(rng, size * 3 // 7) + image_rows(rng, size - size * 3 // 7) + looking_rows(rng, tiled=step % 3 == 0)
     )
     rows = sorted(rows, key=collate.length)[shard[0] :: shard[1]]
     bounds = [round(i * len(rows) / 3) for i in range(4)]

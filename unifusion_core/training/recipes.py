@@ -38,6 +38,7 @@ def run(
 
 def _vae(out: Path, loop: LoopSpec, device: str | None) -> Path:
     vae = micro_vae.train(out / "runs" / "micro-vae", loop=loop, device=device)
+    micro_vae.sharpen(vae, out / "runs" / "micro-vae-decoder", loop=_like(micro_vae.DECODER, loop), device=device)
     if PartialState().is_main_process:
         save_vae(out / "vae.safetensors", vae, torch.float16)
     return out / "vae.safetensors"
@@ -84,6 +85,12 @@ def _stage(
         spec = replace(micro_dit.SPEC, vlm=vlm.identity)
         save_generator(out / f"{weights}.safetensors", spec, generator, torch.float16)
     return out / f"{weights}.safetensors"
+
+
+def _like(loop: LoopSpec, first: LoopSpec) -> LoopSpec:
+    """A second phase under the seed of the first, shortened in proportion where that was."""
+    steps = max(1, loop.steps * first.steps // micro_vae.LOOP.steps)
+    return replace(loop, seed=first.seed, steps=steps)
 
 
 def _needs(path: Path, recipe: str) -> None:
