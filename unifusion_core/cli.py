@@ -250,7 +250,7 @@ def _check_target(path: Path) -> None:
 def _size_of(image: Image.Image, multiple: int) -> tuple[int, int]:
     """The size of a source picture, shrunk to LONGEST_EDIT_SIDE and rounded to what the model can draw."""
     scale = min(1, LONGEST_EDIT_SIDE / max(image.size))
-    width, height = (max(multiple, round(side * scale / multiple) * multiple) for side in image.size)
+    width, height = (max(multiple, math.floor(side * scale / multiple + 0.5) * multiple) for side in image.size)
     return width, height
 
 

@@ -18,6 +18,7 @@ def model(tmp_path_factory):
 
 def test_the_report_has_every_measure_and_can_be_printed(model, monkeypatch):
     monkeypatch.setattr(bench, "LONG", 3)
+    monkeypatch.setattr(bench, "STEPS", 2)
     monkeypatch.setattr(bench, "LAP_TOKENS", 64)
     monkeypatch.setitem(bench.MEASURES, "picture_seconds", (lambda *_: 1.5, None, "a picture"))
     progress = []

@@ -16,12 +16,12 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A demo of two steps and rewrites of two tokens on random weights: its folder, report and progress."""
+    """A demo of one step and rewrites of two tokens on random weights: its folder, report and progress."""
     model = load_model(save_fake_model(tmp_path_factory.mktemp("model")))
     model.rewrite = partial(model.rewrite, max_new_tokens=2)
     folder, loaded, progress = tmp_path_factory.mktemp("demo") / "new", [], []
     report = demo.run(
-        lambda name: loaded.append(name) or model, folder, seed=3, steps=2, progress=lambda *now: progress.append(now)
+        lambda name: loaded.append(name) or model, folder, seed=3, steps=1, progress=lambda *now: progress.append(now)
     )
     return folder, report, loaded, progress
 

@@ -41,10 +41,10 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }} {{ message['content'] }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
 )
-TEXT_MIX = {"full": 0.3, "short": 0.15, "indirect": 0.25, "count": 0.12, "relation": 0.18}
+TEXT_MIX = {"full": 0.25, "short": 0.15, "indirect": 0.3, "count": 0.12, "relation": 0.18}
 
 LOOP = LoopSpec(
-    steps=3000,
+    steps=4000,
     batch_size=42,
     rate=2e-3,
     muon_rate=2.5e-3,
@@ -220,11 +220,11 @@ def image_rows(rng: Random, count: int) -> list[Row]:
     rows = []
     for _ in range(count):
         draw = rng.random()
-        if draw < 0.3:
+        if draw < 0.2:
             scene = sample_scene(rng, count=rng.choice((1, 2, 3, 3, 4)))
             prompt = rng.choice(CAPTION_PATTERNS["train"])
             rows.append(Row(tiles=(render_array(scene),), scenes=(scene,), prompt=prompt, target=scene))
-        elif draw < 0.85:
+        elif draw < 0.8:
             edit = sample_edit(rng)
             rows.append(
                 Row(
