@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 import sys
 import time
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from .conditioning.vlm import FrozenVLM
     from .pipeline import UniFusion
 
-DEFAULT_SIZE = (64, 64)  # px
 LONGEST_EDIT_SIDE = 1024  # px; a photo edited without --size is shrunk to it
 RECIPES = {
     "micro-vlm": "the tiny InternVL",
@@ -36,7 +34,6 @@ Report = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns 0, 2 after an error of one line on stderr, or 130 after Ctrl+C."""
     args = _parser().parse_args(argv)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers draws a bar for every load
     try:
         if args.json:
             _check_target(args.json)
@@ -69,7 +66,6 @@ def demo(args: argparse.Namespace) -> Report:
 
 def generate(args: argparse.Namespace) -> Report:
     from .conditioning.vlm import Request, load_image
-    from .diffusion.flow import timesteps
     from .diffusion.schedule import parse_schedule, silent_segments
     from .files import save_png
     from .pipeline import TRACKS
@@ -81,13 +77,17 @@ def generate(args: argparse.Namespace) -> Report:
     if args.edit and not args.image:
         raise ValueError("--edit changes a picture; give it with --image FILE")
     images = [load_image(path) for path in args.image]
-    if args.schedule is not None:  # a mistake should not have to wait for the VLM
-        parse_schedule(args.schedule, [track for track, kinds in TRACKS.items() if images or "image" not in kinds])
     model = _loader(args)()
-    size = args.size or (_size_of(images[0], model.multiple) if args.edit else DEFAULT_SIZE)
-    model.latent_shape(args.count, size)
+    size = args.size or (_size_of(images[0], model.multiple) if args.edit else model.spec.size)
     if args.edit and not args.size and size != images[0].size:
         _note(args, f"the source is {_px(images[0].size)} px, the picture will be {_px(size)}; --size chooses another")
+    tracks = [track for track, kinds in TRACKS.items() if images or "image" not in kinds]
+    schedule = f"{'all' if images else 'text'}:0-1" if args.schedule is None else args.schedule
+    sampling = {"steps": args.steps, "guidance": args.guidance, "size": size, "sampler": args.sampler}
+    plan = model.plan(tracks, schedule=schedule, **sampling)
+    steps = len(plan.timesteps) - 1
+    for segment in silent_segments(parse_schedule(schedule), steps, plan.timesteps):
+        _warn(f"segment '{segment}' of the schedule covers none of the {steps} steps")
 
     request = Request(args.prompt, tuple(images), max_tiles=args.max_tiles)
     if args.rewrite:
@@ -97,22 +97,14 @@ def generate(args: argparse.Namespace) -> Report:
         conditions = model.prepare([request], rewriting=False)
     _warn_of_unknown_words(model.vlm, args.prompt)
 
-    steps = model.spec.steps if args.steps is None else args.steps
-    guidance = model.spec.guidance if args.guidance is None else args.guidance
-    schedule = f"{conditions.default_track}:0-1" if args.schedule is None else args.schedule
-    for segment in silent_segments(parse_schedule(schedule), steps, timesteps(steps, model.spec.shift)):
-        _warn(f"segment '{segment}' of the schedule covers none of the {steps} steps")
     with _bar(args, steps, "sampling") as bar:
         latents = model.sample(
             conditions,
             schedule=schedule,
-            steps=steps,
-            guidance=guidance,
             seed=args.seed,
-            size=size,
-            sampler=args.sampler,
             count=args.count,
             callback=lambda *_: bar.update(),
+            **sampling,
         )
     record = {
         "prompt": args.prompt,
@@ -121,7 +113,7 @@ def generate(args: argparse.Namespace) -> Report:
         "rewrite": _rewrite_report(conditions.rewrites.results[0]) if conditions.rewrites else None,
         "schedule": schedule,
         "steps": steps,
-        "guidance": guidance,
+        "guidance": plan.guidance,
         "sampler": args.sampler,
         "size": list(size),
         "model": {"name": args.model, "spec": model.spec.name, "vlm": model.vlm.identity},
@@ -209,7 +201,8 @@ def train(args: argparse.Namespace) -> Report:
     from .training import recipes
 
     start = time.perf_counter()
-    written = recipes.run(args.recipe, args.out, seed=args.seed, device=args.device, steps=args.steps)
+    settings = {"seed": args.seed, "device": args.device, "steps": args.steps, "compile": args.compile}
+    written = recipes.run(args.recipe, args.out, **settings)
     seconds = time.perf_counter() - start
     print(f"{written}  {args.recipe}, {seconds:.0f} s")
     return {"recipe": args.recipe, "written": str(written), "seed": args.seed, "steps": args.steps, "seconds": seconds}
@@ -416,6 +409,9 @@ def _parser() -> argparse.ArgumentParser:
         [_common()],
         "train the micro model",
         "unifusion train micro-vae --out runs/micro --steps 100",
+    )
+    verb.add_argument(
+        "--compile", action="store_true", help="compile the transformer blocks of stages 1 and 2; needs a C++ compiler"
     )
     verb.add_argument("recipe", nargs="?", choices=tuple(RECIPES), metavar="RECIPE", help=", ".join(RECIPES))
     verb.add_argument("--out", type=Path, metavar="DIR", help="folder for weights and logs")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from .conditioning.vlm import FrozenVLM, Request, load_vlm
 from .diffusion.dit import DiT
 from .diffusion.flow import Velocity, timesteps
 from .diffusion.sampler import Callback, guided, initial_noise, sample_euler, sample_heun
-from .diffusion.schedule import parse_schedule, resolve, velocity_at
+from .diffusion.schedule import Mix, parse_schedule, resolve, velocity_at
 from .diffusion.vae import VAE, VAESpec
 from .presets import ModelSpec, spec_from_dict, spec_to_dict
 
@@ -50,6 +50,16 @@ class Conditions:
 
     def __len__(self) -> int:
         return len(next(iter(self.tracks.values())))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Everything about a sampling but its conditions and its noise."""
+
+    timesteps: Tensor
+    mixes: list[Mix]
+    guidance: float
+    latent_shape: tuple[int, int, int]
 
 
 class UniFusion:
@@ -155,7 +165,7 @@ class UniFusion:
         steps: int | None = None,
         guidance: float | None = None,
         seed: int = 0,
-        size: tuple[int, int] = (64, 64),
+        size: tuple[int, int] | None = None,
         sampler: Sampler = "euler",
         count: int | None = None,
         callback: Callback | None = None,
@@ -164,26 +174,50 @@ class UniFusion:
 
         Args:
             schedule: which track speaks at which step (`diffusion.schedule`); None: the fullest track throughout.
-            size: width and height in px, divisible by `self.multiple`.
+            steps, guidance, size (width and height in px, divisible by `self.multiple`): None: the model's own.
             count: pictures to make; None: one per condition row. Row i starts from seed + i.
         Raises:
             ValueError: a schedule, size, number of steps or guidance that cannot be used.
         """
         tracks = conditions.tracks if isinstance(conditions, Conditions) else conditions
         default = conditions.default_track if isinstance(conditions, Conditions) else next(iter(tracks))
+        plan = self.plan(
+            tracks, schedule=schedule or f"{default}:0-1", steps=steps, guidance=guidance, size=size, sampler=sampler
+        )
+        used = {track for mix in plan.mixes for track, _ in mix}
+        conditional = velocity_at(plan.mixes, {track: self.velocity(tracks[track]) for track in used})
+        unconditional = self.velocity(self.empty()) if plan.guidance != 1 else None
+        rows = count or max(len(tracks[track]) for track in used)
+        noise = initial_noise((rows, *plan.latent_shape), seed, self.device)
+        velocity = guided(conditional, unconditional, plan.guidance)
+        return SAMPLERS[sampler](velocity, noise, plan.timesteps, callback)
+
+    def plan(
+        self,
+        tracks: Collection[str],
+        *,
+        schedule: str,
+        steps: int | None = None,
+        guidance: float | None = None,
+        size: tuple[int, int] | None = None,
+        sampler: str = "euler",
+    ) -> Plan:
+        """What sampling will do, worked out from the names of the tracks alone; None means the model's own.
+
+        Call it before the VLM runs, so that a mistake need not wait.
+
+        Raises:
+            ValueError: a schedule, size, number of steps, guidance or sampler that cannot be used.
+        """
         steps = self.spec.steps if steps is None else steps
         guidance = self.spec.guidance if guidance is None else guidance
-        times = timesteps(steps, self.spec.shift)
-        mixes = resolve(parse_schedule(schedule or f"{default}:0-1", tracks), steps, times)
-        used = {track for mix in mixes for track, _ in mix}
-        conditional = velocity_at(mixes, {track: self.velocity(tracks[track]) for track in used})
-        unconditional = self.velocity(self.empty()) if guidance != 1 and math.isfinite(guidance) else None
-        velocity = guided(conditional, unconditional, guidance)
-        rows = count or max(len(tracks[track]) for track in used)
-        noise = initial_noise(self.latent_shape(rows, size), seed, self.device)
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance must be a finite number, got {guidance}")
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-        return SAMPLERS[sampler](velocity, noise, times, callback)
+        times = timesteps(steps, self.spec.shift)
+        mixes = resolve(parse_schedule(schedule, tracks), steps, times)
+        return Plan(times, mixes, guidance, self.latent_shape(size or self.spec.size))
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         pixels = self.vae.decode(latents).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -194,7 +228,8 @@ class UniFusion:
         """What both sides of a picture must divide by."""
         return self.vae.spec.compression * self.spec.dit.patch_size
 
-    def latent_shape(self, count: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """C, h and w of the latents of a picture of this width and height."""
         width, height = size
         if min(size) < self.multiple or max(size) > MAX_SIDE or width % self.multiple or height % self.multiple:
             raise ValueError(
@@ -202,7 +237,7 @@ class UniFusion:
                 f"{MAX_SIDE} px"
             )
         factor = self.vae.spec.compression
-        return count, self.spec.dit.in_channels, height // factor, width // factor
+        return self.spec.dit.in_channels, height // factor, width // factor
 
     def generate(
         self,
@@ -210,14 +245,13 @@ class UniFusion:
         images: Sequence[Image.Image] = (),
         *,
         rewriting: bool = True,
+        rewrite_settings: Mapping[str, Any] | None = None,
         max_tiles: int = 9,
-        on_token: Callable[[int, int, str], None] | None = None,
         **sampling,
     ) -> tuple[Image.Image, Conditions]:
         """One prompt → one picture, and what it was conditioned on; `sampling` goes to `sample`."""
         request = Request(prompt, tuple(images), max_tiles=max_tiles)
-        settings = {"on_token": on_token} if rewriting else {}
-        conditions = self.prepare([request], rewriting=rewriting, **settings)
+        conditions = self.prepare([request], rewriting=rewriting, **(rewrite_settings or {}))
         return self.decode(self.sample(conditions, **sampling))[0], conditions
 
 
@@ -237,19 +271,33 @@ def load_model(
     """Loads a whole model.
 
     Args:
-        name: an embedded model ("micro", "micro-base"), or a folder that holds `vlm/`, `vae.safetensors` and
-            `model.safetensors`.
+        name: an embedded model ("micro", "micro-base"); a folder that holds `vlm/`, `vae.safetensors` and one of
+            `model`, `edit` or `base.safetensors`; or one such safetensors file in its folder.
     Raises:
         ValueError: no such model, or files that are missing, damaged or do not belong together.
     """
-    folder, weights = (WEIGHTS / "micro", EMBEDDED[name]) if name in EMBEDDED else (Path(name), "model")
-    if not folder.is_dir():
-        raise ValueError(
-            f"no model {str(name)!r}: give {', '.join(EMBEDDED)} or a folder with vlm/ and safetensors files"
-        )
-    spec, parts = load_generator(folder / f"{weights}.safetensors", device=device, dtype=dtype)
-    vlm = load_vlm(folder / "vlm", layers=spec.layers, device=device, dtype=dtype)
-    return UniFusion(spec, vlm, *parts, load_vae(folder / "vae.safetensors", device=device, dtype=dtype))
+    weights = _weights(name)
+    spec, parts = load_generator(weights, device=device, dtype=dtype)
+    vlm = load_vlm(weights.parent / "vlm", layers=spec.layers, device=device, dtype=dtype)
+    return UniFusion(spec, vlm, *parts, load_vae(weights.parent / "vae.safetensors", device=device, dtype=dtype))
+
+
+def _weights(name: str | Path) -> Path:
+    if name in EMBEDDED:
+        path = WEIGHTS / "micro" / f"{EMBEDDED[name]}.safetensors"
+        if not path.is_file():
+            raise ValueError(f"the embedded model {name!r} is not in this installation ({path} is missing); reinstall")
+        return path
+    path = Path(name)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"no model {str(name)!r}: give {', '.join(EMBEDDED)}, a model folder or a .safetensors file")
+    names = ("model", "edit", "base")
+    found = [path / f"{stem}.safetensors" for stem in names if (path / f"{stem}.safetensors").is_file()]
+    if not found:
+        raise ValueError(f"{path}: holds none of {', '.join(f'{stem}.safetensors' for stem in names)}")
+    return found[0]
 
 
 def load_generator(

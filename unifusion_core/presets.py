@@ -18,7 +18,7 @@ class ModelSpec:
 
     vlm: `FrozenVLM.identity` of the VLM; None where no weights fix it yet. layers: tapped, as `FrozenVLM.layers`.
     refiner_place: after LAP (the paper's Sec. 4), before it on every layer (its Sec. 3), or none.
-    shift, steps, guidance: what sampling uses unless told otherwise.
+    shift, steps, guidance, size (width and height in px): what sampling uses unless told otherwise.
     """
 
     name: str
@@ -31,9 +31,11 @@ class ModelSpec:
     shift: float = 1.0
     steps: int = 20
     guidance: float = 2.5
+    size: tuple[int, int] = (64, 64)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "size", tuple(self.size))
         if len(self.layers) != self.lap.num_layers:
             raise ValueError(f"{len(self.layers)} layers are tapped but LAP pools {self.lap.num_layers}")
         if not self.lap.width == self.refiner.width == self.dit.condition_width:
@@ -120,6 +122,7 @@ def _large(name: str, *, width: int, num_layers: int, heads: int, intermediate: 
         shift=3.0,
         steps=50,
         guidance=4.5,
+        size=(1024, 1024),
     )
 
 

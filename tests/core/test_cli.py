@@ -254,7 +254,7 @@ def test_training_takes_a_recipe_and_a_folder(monkeypatch, tmp_path, capsys):
     assert run("train", "--list") == 0
     assert set(cli.RECIPES) == set(recipes.RECIPES) and all(name in capsys.readouterr().out for name in ["micro-vae"])
     assert run("train", "micro-vae", "--out", tmp_path, "--steps", 3, "--seed", 2) == 0
-    assert calls == [("micro-vae", tmp_path, {"seed": 2, "device": None, "steps": 3})]
+    assert calls == [("micro-vae", tmp_path, {"seed": 2, "device": None, "steps": 3, "compile": False})]
     capsys.readouterr()
     fails(capsys, tmp_path / "x", "train", "micro-vae")
     fails(capsys, tmp_path / "x", "train", "large-vae", "--out", tmp_path)

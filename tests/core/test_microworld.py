@@ -218,6 +218,23 @@ def test_held_out_sentence_patterns_are_never_trained_on():
         assert not set(table["train"]) & set(table["held_out"])
 
 
+def test_held_out_sentence_patterns_recombine_trained_words():
+    tables = (
+        phrases.SCENE_PATTERNS,
+        phrases.CAPTION_PATTERNS,
+        phrases.COMPOSE_PATTERNS,
+        *phrases.EDIT_PATTERNS.values(),
+    )
+
+    def used(split):
+        texts = (re.sub(r"\{\w+\}", " ", text) for table in tables for text in table[split])
+        return {word for text in texts for word in re.findall(WORD_PATTERN, text)}
+
+    facts = (phrases.SHAPE_FACTS, phrases.COLOR_FACTS, phrases.BACKGROUND_FACTS, phrases.RELATIONS)
+    trained = used("train") | {w for table in facts for texts in table.values() for text in texts for w in text.split()}
+    assert not used("held_out") - trained
+
+
 def test_sampling_follows_the_seed():
     def texts():
         rng = Random(10)

@@ -1,6 +1,10 @@
 """Facts about the training loop, its optimizer, and what the micro recipes feed to it."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -18,6 +22,7 @@ from unifusion_core.training.ema import EMA
 from unifusion_core.training.loop import LoopSpec, fit
 from unifusion_core.training.muon import BatchedMuon, orthogonalize
 
+ROOT = Path(__file__).parents[2]
 SPEC = LoopSpec(steps=6, batch_size=4, warmup=1, muon_rate=1e-2, ema_decay=0.9, save_minutes=0, log_every=2)
 
 
@@ -58,6 +63,38 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     assert not (tmp_path / "parts" / "state.new").exists()
 
 
+TWO_PROCESSES = """
+import sys, torch
+from pathlib import Path
+from unifusion_core.training.loop import LoopSpec, fit
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 8))
+spec = LoopSpec(steps=6, batch_size=4, warmup=1, muon_rate=1e-2, ema_decay=0.9, log_every=2)
+
+def loss(model, x):
+    return (model(x) - x.flip(1)).square().mean(), {}
+
+def batch(step, seed, shard):
+    return torch.randn(4, 8, generator=torch.Generator().manual_seed(100 * seed + step))[shard[0] :: shard[1]]
+
+fit(model, loss, batch, spec, Path(sys.argv[1]), device="cpu")
+torch.save(model.state_dict(), Path(sys.argv[1]) / "weights.pt")
+"""
+
+
+def test_two_processes_train_as_one(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(TWO_PROCESSES)
+    results = []
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=0"]
+        subprocess.run([*command, script, folder], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+        results.append(torch.load(folder / "weights.pt", weights_only=True))
+    assert all(torch.allclose(results[0][key], results[1][key], atol=1e-5) for key in results[0])
+
+
 def test_training_lowers_the_loss_and_logs_it(tmp_path):
     model = net()
     before = square_loss(model, noise(0, 0, None))[0]
@@ -71,7 +108,7 @@ def test_the_rate_rises_then_holds_then_falls_to_nothing():
     assert spec.rate_factor(0) == 0.1
     assert spec.rate_factor(30) == 1
     assert spec.rate_factor(75) == 0.5
-    assert spec.rate_factor(100) == 0
+    assert spec.rate_factor(100) == spec.rate_factor(150) == 0
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 8, 24), (2, 24, 8)])

@@ -63,7 +63,7 @@ def table(report: dict[str, Any]) -> str:
 
 def sampler_overhead(model: UniFusion, seed: int, repeats: int) -> float:
     condition, empty = model.prepare([Request(PROMPT)], max_new_tokens=LONG).tracks["text"], model.empty()
-    noise = initial_noise(model.latent_shape(1, (64, 64)), seed, model.device)
+    noise = initial_noise((1, *model.latent_shape((64, 64))), seed, model.device)
     times = timesteps(STEPS, model.spec.shift)
 
     def ours() -> None:
@@ -125,7 +125,7 @@ def lap_chunks(model: UniFusion, seed: int, repeats: int) -> float:
 
 def short_empty(model: UniFusion, seed: int, repeats: int) -> float:
     condition, empty = model.prepare([_tiled_request()], max_new_tokens=SHORT).tracks["all"], model.empty()
-    noise = initial_noise(model.latent_shape(1, (64, 64)), seed, model.device)
+    noise = initial_noise((1, *model.latent_shape((64, 64))), seed, model.device)
     both, pair = stack([condition, empty]), noise.expand(2, -1, -1, -1)
     half = torch.tensor(0.5)
 

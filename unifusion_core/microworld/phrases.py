@@ -1,7 +1,7 @@
 """What people say instead of the table's words: knowledge, synonyms and sentence patterns.
 
 Facts are shared by all splits (a model cannot know what it was never told); sentence patterns are split, and those
-under `held_out` are never trained on.
+under `held_out` are never trained on; but each of their words is, since no model knows a word it never met.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ SCENE_PATTERNS = {
         "please make a picture with {things} {on}",
         "i want an image of {things} {on}",
         "paint {things} {on} please",
-        "show me a picture of {things} {on}",
+        "show a picture of {things} {on} please",
     ),
 }
 CAPTION_PATTERNS = {
@@ -79,7 +79,7 @@ CAPTION_PATTERNS = {
 EDIT_PATTERNS = {
     "recolor": {
         "train": ("make {ref} {new}", "paint {ref} {new}", "change the color of {ref} to {new}", "turn {ref} {new}"),
-        "held_out": ("please make {ref} {new}", "i want {ref} to be {new}"),
+        "held_out": ("please make {ref} {new}", "i want {ref} in {new}"),
     },
     "remove": {
         "train": ("remove {ref}", "delete {ref}", "take {ref} away", "the image without {ref}"),
@@ -95,15 +95,15 @@ EDIT_PATTERNS = {
     },
     "resize": {
         "train": ("make {ref} {new}", "change the size of {ref} to {new}", "turn {ref} {new}"),
-        "held_out": ("please make {ref} {new}", "i want {ref} to be {new}"),
+        "held_out": ("please make {ref} {new}", "i want {ref} {new}"),
     },
     "reshape": {
         "train": ("turn {ref} into {new}", "change {ref} to {new}", "replace {ref} with {new}", "make {ref} {new}"),
-        "held_out": ("please turn {ref} into {new}", "i want {new} instead of {ref}"),
+        "held_out": ("please turn {ref} into {new}", "please replace {ref} with {new}"),
     },
     "background": {
         "train": ("make the background {new}", "change the background to {new}", "paint the background {new}"),
-        "held_out": ("please make the background {new}", "i want the background to be {new}"),
+        "held_out": ("please make the background {new}", "i want the background in {new}"),
     },
 }
 COMPOSE_PATTERNS = {

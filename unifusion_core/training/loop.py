@@ -46,7 +46,7 @@ class LoopSpec:
     def rate_factor(self, step: int) -> float:
         rise = min(1.0, (step + 1) / max(1, self.warmup))
         fall = (self.steps - step) / max(1.0, self.decay_fraction * self.steps)
-        return min(rise, fall, 1.0)
+        return max(0.0, min(rise, fall, 1.0))
 
 
 def fit(
@@ -66,7 +66,8 @@ def fit(
         folder: where `state/` (for resuming) and `log.jsonl` go. If it holds a state, training goes on from there.
     """
     set_seed(spec.seed)
-    accelerator = Accelerator(cpu=device == "cpu")
+    # accelerate would step a schedule once per process, and so run it out too early.
+    accelerator = Accelerator(cpu=device == "cpu", step_scheduler_with_optimizer=False)
     optimizers = build_optimizers(model, spec)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, spec.rate_factor) for optimizer in optimizers]
     ema = EMA(model, spec.ema_decay) if spec.ema_decay else None
@@ -85,6 +86,8 @@ def fit(
     prepared.train()
     while progress.step < spec.steps:
         value, metrics = loss(prepared, batch(progress.step, spec.seed, shard))
+        if not torch.isfinite(value):
+            raise ValueError(f"the loss of step {progress.step} is {value.item()}; resume with a lower rate")
         accelerator.backward(value)
         if spec.clip:
             accelerator.clip_grad_norm_(prepared.parameters(), spec.clip)

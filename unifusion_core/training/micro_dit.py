@@ -35,7 +35,7 @@ from .micro_vlm import TEXT_MIX, TILE, Collator, Row, normalize, tapped
 
 SPEC = micro()
 STAGE1 = LoopSpec(
-    steps=7000,
+    steps=2400,
     batch_size=26,
     rate=1.5e-3,
     muon_rate=2e-3,
@@ -44,7 +44,7 @@ STAGE1 = LoopSpec(
     ema_decay=0.999,
     save_minutes=4,
 )
-STAGE2 = replace(STAGE1, steps=2500, rate=7e-4, muon_rate=1e-3, decay_fraction=0.7)
+STAGE2 = replace(STAGE1, steps=1100, rate=7e-4, muon_rate=1e-3, decay_fraction=0.7)
 NOISES = 3  # noise levels per condition: the VLM, the VAE and the fusion head are then a small part of a step
 OBJECT_WEIGHT = 2.5  # of a cell with a thing in it, against 1 for an empty one
 EMPTY_SHARE = 0.1  # of the samples that carry text, for classifier-free guidance
@@ -236,11 +236,11 @@ def stage1_batch(step: int, seed: int, size: int, shard: tuple[int, int] = (0, 1
 
 
 def stage2_batch(step: int, seed: int, size: int, shard: tuple[int, int] = (0, 1)) -> list[Group]:
-    """14 edits and 2 joint samples, 7 texts and 3 pictures in 26, and a side group."""
+    """12 edits and 2 joint samples, 9 texts and 3 pictures in 26, and a side group."""
     rng = Random(f"stage2-{seed}-{step}")
-    joint = [edit_sample(rng) for _ in range(size * 14 // 26)]
+    joint = [edit_sample(rng) for _ in range(size * 12 // 26)]
     joint += [picture_sample(rng, "both") for _ in range(size * 2 // 26)]
-    texts = [text_sample(rng) for _ in range(size * 6 // 26)] + [picture_sample(rng, "rewrite")]
+    texts = [text_sample(rng) for _ in range(size * 8 // 26)] + [picture_sample(rng, "rewrite")]
     pictures = [picture_sample(rng, "image") for _ in range(size * 3 // 26)]
     return [*(_group(rng, samples, shard) for samples in (joint, texts, pictures)), side_group(rng, step, shard)]
 

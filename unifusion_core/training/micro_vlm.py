@@ -44,7 +44,7 @@ CHAT_TEMPLATE = (
 TEXT_MIX = {"full": 0.25, "short": 0.15, "indirect": 0.3, "count": 0.12, "relation": 0.18}
 
 LOOP = LoopSpec(
-    steps=4000,
+    steps=2600,
     batch_size=42,
     rate=2e-3,
     muon_rate=2.5e-3,

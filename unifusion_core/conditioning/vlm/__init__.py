@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils import logging
 
 from .base import FrozenVLM, Prompts, Request, every_third
 from .internvl import InternVL, read_preprocessor
@@ -45,6 +46,8 @@ def load_vlm(
     _check_weights(folder)
 
     local = {"local_files_only": True, "trust_remote_code": False}
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # transformers draws one for every load
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
         model, report = AutoModelForImageTextToText.from_pretrained(
@@ -57,6 +60,9 @@ def load_vlm(
         )
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{folder}: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     for what in ("missing_keys", "mismatched_keys"):
         if keys := sorted(key if isinstance(key, str) else key[0] for key in report[what]):
             raise ValueError(f"{folder}: {len(keys)} {what.replace('_', ' ')} in the weights, first {keys[0]}")
