@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,36 +25,6 @@ class Condition:
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
-
-    def row(self, index: int) -> Condition:
-        """One row without its padding, so that a row in a batch equals its single run."""
-        keep = slice(None) if self.mask is None else self.mask[index]
-        return Condition(
-            self.tokens[index, keep][None],
-            None,
-            None if self.positions is None else self.positions[index, keep][None],
-        )
-
-    def to(self, *args, **kwargs) -> Condition:
-        """Moves tokens and positions as `Tensor.to` does; the mask keeps its dtype."""
-        tokens = self.tokens.to(*args, **kwargs)
-        return replace(
-            self,
-            tokens=tokens,
-            mask=None if self.mask is None else self.mask.to(tokens.device),
-            positions=None if self.positions is None else self.positions.to(tokens.device),
-        )
-
-
-def concatenate(*conditions: Condition) -> Condition:
-    """Joins conditions of one batch size along the token axis."""
-    if not conditions:
-        raise ValueError("nothing to concatenate: give at least one Condition")
-    return Condition(
-        torch.cat([c.tokens for c in conditions], dim=1),
-        None if all(c.mask is None for c in conditions) else torch.cat([_mask(c) for c in conditions], dim=1),
-        None if all(c.positions is None for c in conditions) else torch.cat([_positions(c) for c in conditions], dim=1),
-    )
 
 
 def stack(conditions: list[Condition]) -> Condition:

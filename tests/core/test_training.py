@@ -89,7 +89,7 @@ def test_two_processes_train_as_one(tmp_path):
     results = []
     for count in (1, 2):
         folder = tmp_path / str(count)
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=0"]
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--standalone"]
         subprocess.run([*command, script, folder], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
         results.append(torch.load(folder / "weights.pt", weights_only=True))
     assert all(torch.allclose(results[0][key], results[1][key], atol=1e-5) for key in results[0])

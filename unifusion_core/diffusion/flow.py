@@ -30,9 +30,11 @@ def x0_from_velocity(x: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
 
 
 def loss(velocity_pred: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Returns the mean squared error of the velocity in fp32; `weight` [B] scales each row's share."""
-    error = (velocity_pred.float() - velocity_target(x0.float(), noise.float())).square().flatten(1).mean(1)
-    return (error if weight is None else error * weight).mean()
+    """Returns the mean squared error of the velocity in fp32; `weight`, [B] or broadcasting to the data, scales it."""
+    error = (velocity_pred.float() - velocity_target(x0.float(), noise.float())).square()
+    if weight is None:
+        return error.mean()
+    return (error * (_per_row(weight, error) if weight.ndim == 1 else weight)).mean()
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:

@@ -20,8 +20,8 @@ from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFa
 from ..conditioning.lap import LayerwiseAttentionPooling
 from ..conditioning.refiner import Refiner
 from ..conditioning.vlm.tiling import split, token_positions
+from ..diffusion import flow
 from ..diffusion.dit import DiT
-from ..diffusion.flow import sample_times, velocity_target, x_t
 from ..diffusion.vae import VAE
 from ..microworld.caption import caption
 from ..microworld.edits import sample_edit
@@ -38,7 +38,7 @@ STAGE1 = LoopSpec(
     steps=2400,
     batch_size=26,
     rate=1.5e-3,
-    muon_rate=2e-3,
+    muon_rate=4e-3,
     warmup=100,
     decay_fraction=0.5,
     ema_decay=0.999,
@@ -118,9 +118,9 @@ class Trainee(nn.Module):
             mask = None if mask is None else mask.repeat_interleave(repeat, 0)
         generator = torch.Generator().manual_seed(group.seed)
         noise = torch.randn(latents.shape, generator=generator)
-        t = sample_times(len(latents), generator=generator)
-        predicted = self.generator.dit(x_t(latents, noise, t), t, tokens, mask, positions)
-        return (weight * (predicted - velocity_target(latents, noise)).square()).mean()
+        t = flow.sample_times(len(latents), generator=generator)
+        predicted = self.generator.dit(flow.x_t(latents, noise, t), t, tokens, mask, positions)
+        return flow.loss(predicted, latents, noise, weight)
 
 
 class Frozen:

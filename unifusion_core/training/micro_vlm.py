@@ -29,10 +29,10 @@ from ..microworld.prompts import sample_prompt
 from ..microworld.render import render, render_array
 from ..microworld.scene import CELL, COLORS, MARKS, SHAPES, SIZES, STRIPES, Scene, sample_scene
 from ..microworld.vocabulary import WORD_PATTERN, words
+from ..presets import micro
 from .loop import LoopSpec, fit
 
-TAPS = (2, 5, 8, 11)  # every third layer, at Krea 2's residue
-WIDTH = 128
+TAPS, WIDTH = micro().layers, micro().lap.width  # every third layer, at Krea 2's residue
 TILE = 64  # px
 TOKENS = 16  # per tile
 SYSTEM_PROMPT = "describe the scene in detail"
