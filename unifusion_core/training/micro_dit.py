@@ -44,10 +44,13 @@ STAGE1 = LoopSpec(
     ema_decay=0.999,
     save_minutes=4,
 )
-STAGE2 = replace(STAGE1, steps=1100, rate=7e-4, muon_rate=1e-3, decay_fraction=0.7)
+STAGE2 = replace(STAGE1, steps=900, rate=1e-3, muon_rate=2.5e-3, decay_fraction=0.8)
 NOISES = 3  # noise levels per condition: the VLM, the VAE and the fusion head are then a small part of a step
 OBJECT_WEIGHT = 2.5  # of a cell with a thing in it, against 1 for an empty one
 EMPTY_SHARE = 0.1  # of the samples that carry text, for classifier-free guidance
+
+STAGE1_GRIDS = ((1, 1), (2, 2), (2, 2), (3, 3), (3, 3))  # of tiles, in turn
+STAGE2_GRIDS = (None, (3, 3), (2, 2), None, (3, 3), (1, 1), (3, 3))  # nine tiles are learned last
 
 Keep = Literal["image", "rewrite", "both"]
 
@@ -214,13 +217,12 @@ def edit_sample(rng: Random) -> Sample:
     return Sample(row=row, keep="both", target=edit.target)
 
 
-def side_group(rng: Random, step: int, shard: tuple[int, int]) -> Group:
-    """A few samples of other canvases: tiled 128-px pictures, or text on a wide or tall canvas."""
-    if step % 2:
+def side_group(rng: Random, grid: tuple[int, int] | None, shard: tuple[int, int]) -> Group:
+    """Other canvases: 128-px pictures in this grid of tiles, or (None) text on a wide or tall canvas."""
+    if grid is None:
         rows, columns = rng.choice(((2, 3), (3, 2)))
         samples = [text_sample(rng, rows, columns) for _ in range(6)]
     else:
-        grid = ((1, 1), (2, 2), (2, 2), (3, 3), (3, 3))[step // 2 % 5]
         samples = [tiled_sample(rng, grid) for _ in range(4)]
     return Group(tuple(samples[shard[0] :: shard[1]]), 1, rng.getrandbits(32))
 
@@ -232,7 +234,8 @@ def stage1_batch(step: int, seed: int, size: int, shard: tuple[int, int] = (0, 1
     texts += [picture_sample(rng, "rewrite") for _ in range(size * 2 // 26)]
     pictures = [picture_sample(rng, "image") for _ in range(size * 5 // 26)]
     joint = [picture_sample(rng, "both") for _ in range(size * 3 // 26)]
-    return [*(_group(rng, samples, shard) for samples in (texts, pictures, joint)), side_group(rng, step, shard)]
+    grid = None if step % 2 else STAGE1_GRIDS[step // 2 % len(STAGE1_GRIDS)]
+    return [*(_group(rng, samples, shard) for samples in (texts, pictures, joint)), side_group(rng, grid, shard)]
 
 
 def stage2_batch(step: int, seed: int, size: int, shard: tuple[int, int] = (0, 1)) -> list[Group]:
@@ -242,7 +245,8 @@ def stage2_batch(step: int, seed: int, size: int, shard: tuple[int, int] = (0, 1
     joint += [picture_sample(rng, "both") for _ in range(size * 2 // 26)]
     texts = [text_sample(rng) for _ in range(size * 8 // 26)] + [picture_sample(rng, "rewrite")]
     pictures = [picture_sample(rng, "image") for _ in range(size * 3 // 26)]
-    return [*(_group(rng, samples, shard) for samples in (joint, texts, pictures)), side_group(rng, step, shard)]
+    grid = STAGE2_GRIDS[step % len(STAGE2_GRIDS)]
+    return [*(_group(rng, samples, shard) for samples in (joint, texts, pictures)), side_group(rng, grid, shard)]
 
 
 def _group(rng: Random, samples: list[Sample], shard: tuple[int, int]) -> Group:
