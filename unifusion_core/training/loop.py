@@ -144,6 +144,7 @@ def _save(accelerator: Accelerator, state: Path) -> None:
     """Writes the state beside and swaps it in, so that a kill leaves the old one or the new one."""
     fresh, old = state.with_name("state.new"), state.with_name("state.old")
     accelerator.save_state(str(fresh))
+    accelerator.wait_for_everyone()  # each process adds a file of its own
     if accelerator.is_main_process:
         if state.exists():
             os.replace(state, old)

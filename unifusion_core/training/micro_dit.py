@@ -31,7 +31,7 @@ from ..microworld.render import render, render_array
 from ..microworld.scene import Scene, sample_scene
 from ..presets import micro
 from .loop import LoopSpec, fit
-from .micro_vlm import TEXT_MIX, TILE, Collator, Row, normalize, tapped
+from .micro_vlm import TEXT_MIX, TILE, TOKENS, Collator, Row, normalize, tapped
 
 SPEC = micro()
 STAGE1 = LoopSpec(
@@ -44,13 +44,13 @@ STAGE1 = LoopSpec(
     ema_decay=0.999,
     save_minutes=4,
 )
-STAGE2 = replace(STAGE1, steps=900, rate=1e-3, muon_rate=2.5e-3, decay_fraction=0.8)
+STAGE2 = replace(STAGE1, steps=780, rate=1e-3, muon_rate=2.5e-3, decay_fraction=0.8)
 NOISES = 3  # noise levels per condition: the VLM, the VAE and the fusion head are then a small part of a step
 OBJECT_WEIGHT = 2.5  # of a cell with a thing in it, against 1 for an empty one
 EMPTY_SHARE = 0.1  # of the samples that carry text, for classifier-free guidance
 
 STAGE1_GRIDS = ((1, 1), (2, 2), (2, 2), (3, 3), (3, 3))  # of tiles, in turn
-STAGE2_GRIDS = (None, (3, 3), (2, 2), None, (3, 3), (1, 1), (3, 3))  # nine tiles are learned last
+STAGE2_GRIDS = (None, (3, 3), (2, 2), (3, 3), (3, 3), (1, 1), (3, 3))  # nine tiles are learned last
 
 Keep = Literal["image", "rewrite", "both"]
 
@@ -63,6 +63,7 @@ class Sample:
     keep: Keep
     target: Scene
     grid: tuple[int, int] = (1, 1)  # of tiles
+    thumbnail: bool = True  # whether a tiled picture's thumbnail is kept
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,11 @@ class Frozen:
             written = [collate.end]  # the empty condition: a rewrite that is nothing but its end
         image = self.vlm.config.image_token_id
         kept = [i for i, token in enumerate(head) if token == image] if sample.keep != "rewrite" else []
+        spots = token_positions(sample.grid, 4) if kept else np.zeros((0, 3), np.float32)
+        if not sample.thumbnail:
+            kept, spots = kept[:-TOKENS], spots[:-TOKENS]
         places = np.zeros((len(kept) + (len(written) if sample.keep != "image" else 0), 3), np.float32)
-        if kept:
-            places[: len(kept)] = token_positions(sample.grid, 4)
+        places[: len(kept)] = spots
         if sample.keep != "image":
             kept += range(len(ids), len(ids) + len(written))
         return ids + written, kept, places
@@ -208,7 +211,10 @@ def tiled_sample(rng: Random, grid: tuple[int, int]) -> Sample:
     """A 128-px picture to be drawn again from its tiles."""
     scene = sample_scene(rng, rows=4, columns=4, count=rng.randint(3, 10))
     tiles = tuple(np.asarray(tile) for tile in split(render(scene), grid, TILE))
-    return Sample(row=Row(tiles=tiles, per_image=(len(tiles),)), keep="image", target=scene, grid=grid)
+    # A thumbnail is easier to draw from than nine tiles; half of them go without, or the tiles would be left alone.
+    thumbnail = grid != (3, 3) or rng.random() < 0.5
+    row = Row(tiles=tiles, per_image=(len(tiles),))
+    return Sample(row=row, keep="image", target=scene, grid=grid, thumbnail=thumbnail)
 
 
 def edit_sample(rng: Random) -> Sample:
@@ -269,6 +275,7 @@ def train(
 ) -> Generator:
     """Trains the generator in place, by `stage1_batch` or `stage2_batch`."""
     if loop.compile:
+        torch._dynamo.config.recompile_limit = 32  # with and without mask, with one sample or many
         for block in (*generator.lap.blocks, *generator.refiner.blocks, *generator.dit.blocks):
             block.compile(dynamic=True)
     fit(
