@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -58,7 +58,7 @@ def fit(
     *,
     device: str | None = None,
 ) -> nn.Module:
-    """Trains `model` in place and leaves the averaged weights in it.
+    """Trains `model` in place, on a GPU where there is one, and leaves the averaged weights in it, on the CPU.
 
     Args:
         loss: (model, batch) → scalar loss and what to log.
@@ -70,10 +70,10 @@ def fit(
     accelerator = Accelerator(cpu=device == "cpu", step_scheduler_with_optimizer=False)
     optimizers = build_optimizers(model, spec)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, spec.rate_factor) for optimizer in optimizers]
-    ema = EMA(model, spec.ema_decay) if spec.ema_decay else None
     progress = _Progress()
     shard = accelerator.process_index, accelerator.num_processes
     prepared, *rest = accelerator.prepare(model, *optimizers, *schedulers)
+    ema = EMA(accelerator.unwrap_model(prepared), spec.ema_decay) if spec.ema_decay else None
     optimizers, schedulers = rest[: len(optimizers)], rest[len(optimizers) :]
     accelerator.register_for_checkpointing(progress, *([ema] if ema else []))
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def fit(
     window: dict[str, list[float]] = {}
     prepared.train()
     while progress.step < spec.steps:
-        value, metrics = loss(prepared, batch(progress.step, spec.seed, shard))
+        value, metrics = loss(prepared, send_to_device(batch(progress.step, spec.seed, shard), accelerator.device))
         if not torch.isfinite(value):
             raise ValueError(f"the loss of step {progress.step} is {value.item()}; resume with a lower rate")
         accelerator.backward(value)
@@ -111,7 +111,7 @@ def fit(
     _save(accelerator, state)
     if ema:
         ema.copy_to(model)
-    return model.eval()
+    return model.cpu().eval()
 
 
 def build_optimizers(model: nn.Module, spec: LoopSpec) -> list[torch.optim.Optimizer]:

@@ -110,7 +110,7 @@ class Trainee(nn.Module):
         }
 
     def loss(self, group: Group) -> Tensor:
-        frozen = self._frozen[0]
+        frozen = self._frozen[0].to(next(self.generator.parameters()).device)
         states, mask, positions = frozen.states(group.samples)
         latents, weight = frozen.latents(group.samples)
         tokens = self.generator.refiner(self.generator.lap(states), mask)
@@ -121,8 +121,8 @@ class Trainee(nn.Module):
             )
             mask = None if mask is None else mask.repeat_interleave(repeat, 0)
         generator = torch.Generator().manual_seed(group.seed)
-        noise = torch.randn(latents.shape, generator=generator)
-        t = flow.sample_times(len(latents), generator=generator)
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        t = flow.sample_times(len(latents), generator=generator).to(latents.device)
         predicted = self.generator.dit(flow.x_t(latents, noise, t), t, tokens, mask, positions)
         return flow.loss(predicted, latents, noise, weight)
 
@@ -134,14 +134,19 @@ class Frozen:
         self.vlm, self.vae = vlm.eval().requires_grad_(False), vae.eval().requires_grad_(False)
         self.collate = Collator(tokenizer)
 
+    def to(self, device: torch.device) -> Frozen:
+        self.vlm.to(device), self.vae.to(device)
+        return self
+
     @torch.no_grad()
     def states(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None, Tensor]:
         """Tapped states [B, T, L, E] of the kept tokens, their mask (None = all real) and positions [B, T, 3]."""
         sequences, kept, places = zip(*(self._sequence(sample) for sample in samples), strict=True)
         longest = max(map(len, sequences))
-        ids = torch.tensor([s + [0] * (longest - len(s)) for s in sequences])
+        device = self.vlm.device
+        ids = torch.tensor([s + [0] * (longest - len(s)) for s in sequences], device=device)
         tiles = [tile for sample in samples for tile in sample.row.tiles]
-        extra = {"pixel_values": normalize(np.stack(tiles))} if tiles else {}
+        extra = {"pixel_values": normalize(np.stack(tiles)).to(device)} if tiles else {}
         with tapped(self.vlm) as taps:
             self.vlm.model(input_ids=ids, use_cache=False, **extra)
         states = torch.stack(taps["layers"], dim=2)
@@ -152,7 +157,7 @@ class Frozen:
         for i, place in enumerate(places):
             positions[i, : len(place)] = torch.from_numpy(place)
         states = states[torch.arange(len(kept))[:, None], index]
-        return states, None if mask.all() else mask, positions
+        return states, None if mask.all() else mask.to(device), positions.to(device)
 
     def _sequence(self, sample: Sample) -> tuple[list[int], list[int], np.ndarray]:
         row, collate = sample.row, self.collate
@@ -176,14 +181,15 @@ class Frozen:
     def latents(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         """Target latents [B, C, h, w] and weights [B, 1, h, w] of mean about one."""
         images = np.stack([render_array(sample.target) for sample in samples])
-        latents = self.vae.encode(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        latents = self.vae.encode(pixels.to(self.vlm.device))
         scale = 32 // self.vae.spec.compression
         weight = torch.ones(len(samples), 1, *latents.shape[2:])
         for i, sample in enumerate(samples):
             for t in sample.target.things:
                 area = weight[i, 0, t.row * scale : (t.row + 1) * scale, t.column * scale : (t.column + 1) * scale]
                 area.fill_(OBJECT_WEIGHT)
-        return latents, weight / (0.5 + 0.5 * OBJECT_WEIGHT)
+        return latents, weight.to(latents.device) / (0.5 + 0.5 * OBJECT_WEIGHT)
 
 
 def text_sample(rng: Random, rows: int = 2, columns: int = 2) -> Sample:

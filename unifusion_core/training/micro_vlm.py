@@ -11,7 +11,7 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from random import Random
 
@@ -129,6 +129,11 @@ class Rows:
     pixels: Tensor | None
     attributes: Tensor | None  # [tiles, 16, 5] class indices, -1 where unknown
     phrases: Tensor = field(default_factory=lambda: torch.zeros(0, 5, dtype=torch.long))  # row, place, classes
+
+    def to(self, device: torch.device | str, **_) -> Rows:
+        """The same rows on a device, as accelerate asks for them."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Rows(**{name: None if value is None else value.to(device) for name, value in moved.items()})
 
 
 class Collator:
