@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +162,3 @@ def _log(folder: Path, accelerator: Accelerator, step: int, metrics: dict[str, f
     bar.set_postfix({key: f"{number:.4g}" for key, number in metrics.items()})
     with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
-
-
-def describe(spec: Any) -> dict[str, Any]:
-    """A spec as JSON-able data, for logs and headers."""
-    return json.loads(json.dumps(asdict(spec)))

@@ -135,7 +135,9 @@ class Frozen:
         self.collate = Collator(tokenizer)
 
     def to(self, device: torch.device) -> Frozen:
-        self.vlm.to(device), self.vae.to(device)
+        if self.vlm.device != device:
+            self.vlm.to(device)
+            self.vae.to(device)
         return self
 
     @torch.no_grad()
