@@ -43,7 +43,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float() + 1.0, self.eps).to(x.dtype)
+        weight = self.weight.to(x.device, torch.float32)  # a host that runs out of memory may leave it on the CPU
+        return F.rms_norm(x.float(), self.weight.shape, weight + 1.0, self.eps).to(x.dtype)
 
 
 class SwiGLU(nn.Module):

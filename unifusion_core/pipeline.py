@@ -25,6 +25,7 @@ from .diffusion.flow import Velocity, timesteps
 from .diffusion.sampler import Callback, guided, initial_noise, sample_euler, sample_heun
 from .diffusion.schedule import Mix, parse_schedule, resolve, velocity_at
 from .diffusion.vae import VAE, VAESpec
+from .fusion import FusionHead, check_vlm
 from .presets import ModelSpec, spec_from_dict, spec_to_dict
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -77,6 +78,7 @@ class UniFusion:
         check_vlm(spec, vlm.identity, vlm.layers)
         self.spec, self.vlm, self.vae = spec, vlm, vae
         self.lap, self.refiner, self.dit = lap, refiner, dit
+        self.fusion = FusionHead(spec, lap, refiner)
         for module in (lap, refiner, dit, vae):
             module.eval().requires_grad_(False)
         self._empty: Condition | None = None
@@ -119,26 +121,13 @@ class UniFusion:
                 tracks[track] = self.refine(pooled.select(*kinds))
         return Conditions(tracks)
 
-    @torch.no_grad()
     def pool(self, hidden: HiddenStates, drop_layers: Sequence[int] = ()) -> HiddenStates:
-        """LAP: states [B, T, L, E] → [B, T, 1, E], spans and positions kept."""
-        check_vlm(self.spec, hidden.vlm, hidden.layers)
-        hidden = hidden.to(self.device, next(self.lap.parameters()).dtype)
-        if self.spec.refiner_place == "before":
-            states = hidden.states.movedim(2, 1).flatten(0, 1)
-            mask = hidden.mask.repeat_interleave(hidden.states.shape[2], 0)
-            states = self.refiner(states, mask).unflatten(0, (len(hidden.mask), -1)).movedim(1, 2)
-            hidden = replace(hidden, states=states)
-        return replace(hidden, states=self.lap(hidden.states, drop_layers=drop_layers)[:, :, None])
+        """LAP, as `FusionHead.pool`."""
+        return replace(self.fusion, drop_layers=tuple(drop_layers)).pool(hidden)
 
-    @torch.no_grad()
     def refine(self, pooled: HiddenStates) -> Condition:
-        """The refiner over one track's tokens → what enters the DiT."""
-        mask = None if bool(pooled.mask.all()) else pooled.mask
-        tokens = pooled.states.squeeze(2)
-        if self.spec.refiner_place == "after":
-            tokens = self.refiner(tokens, mask)
-        return Condition(tokens, mask, pooled.positions if bool(pooled.positions.any()) else None)
+        """The refiner, as `FusionHead.refine`."""
+        return self.fusion.refine(pooled)
 
     def empty(self) -> Condition:
         """The true empty condition, for guidance; computed once."""
@@ -253,16 +242,6 @@ class UniFusion:
         request = Request(prompt, tuple(images), max_tiles=max_tiles)
         conditions = self.prepare([request], rewriting=rewriting, **(rewrite_settings or {}))
         return self.decode(self.sample(conditions, **sampling))[0], conditions
-
-
-def check_vlm(spec: ModelSpec, identity: str, layers: Sequence[int]) -> None:
-    """Raises ValueError unless hidden states come from the VLM and the layers that the model was trained on."""
-    if spec.vlm is not None and identity != spec.vlm:
-        raise ValueError(
-            f"model {spec.name!r} was trained on the VLM {spec.vlm}, but these states come from {identity}"
-        )
-    if tuple(layers) != spec.layers:
-        raise ValueError(f"model {spec.name!r} pools layers {spec.layers}, but layers {tuple(layers)} were tapped")
 
 
 def load_model(

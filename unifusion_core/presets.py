@@ -19,6 +19,7 @@ class ModelSpec:
     vlm: `FrozenVLM.identity` of the VLM; None where no weights fix it yet. layers: tapped, as `FrozenVLM.layers`.
     refiner_place: after LAP (the paper's Sec. 4), before it on every layer (its Sec. 3), or none.
     shift, steps, guidance, size (width and height in px): what sampling uses unless told otherwise.
+    preview: [C + 1][3], colours in -1..1 of one unit of each latent channel and, last, of none; for live previews.
     """
 
     name: str
@@ -32,10 +33,15 @@ class ModelSpec:
     steps: int = 20
     guidance: float = 2.5
     size: tuple[int, int] = (64, 64)
+    preview: tuple[tuple[float, float, float], ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "size", tuple(self.size))
+        if self.preview is not None:
+            object.__setattr__(self, "preview", tuple(tuple(row) for row in self.preview))
+            if len(self.preview) != self.dit.in_channels + 1 or any(len(row) != 3 for row in self.preview):
+                raise ValueError(f"preview must be {self.dit.in_channels + 1} rows of 3 numbers")
         if len(self.layers) != self.lap.num_layers:
             raise ValueError(f"{len(self.layers)} layers are tapped but LAP pools {self.lap.num_layers}")
         if not self.lap.width == self.refiner.width == self.dit.condition_width:

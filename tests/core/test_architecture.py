@@ -11,9 +11,10 @@ CORE = "unifusion_core"
 
 # Each line may import only what stands above it (and itself).
 LINES = [
-    {"condition", "files", "layers", "microworld"},
+    {"condition", "files", "layers", "lora", "microworld"},
     {"conditioning", "diffusion"},
     {"presets"},
+    {"fusion"},
     {"checkpoint"},
     {"pipeline"},
     {"evaluation", "training"},

@@ -124,7 +124,7 @@ class DiTBlock(nn.Module):
         self.ff = SwiGLU(spec.width, spec.intermediate_size, operations)
 
     def forward(self, x: Tensor, modulation: Tensor, rotary: RotaryTables, mask: Tensor | None) -> Tensor:
-        modulation = modulation + self.scale_shift_table.to(modulation.dtype)  # [B, 1, 6, D]
+        modulation = modulation + self.scale_shift_table.to(modulation)  # [B, 1, 6, D]
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation.unbind(-2)
         out = self.attn(torch.addcmul(shift1, 1.0 + scale1, self.norm1(x)), mask, rotary)
         x = torch.addcmul(x, gate1, out)
@@ -142,7 +142,7 @@ class FinalLayer(nn.Module):
         self.linear = operations.Linear(width, out_channels)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        scale, shift = (time + self.scale_shift_table.to(time.dtype)).split(1, dim=1)
+        scale, shift = (time + self.scale_shift_table.to(time)).split(1, dim=1)
         return self.linear(torch.addcmul(shift, 1.0 + scale, self.norm(x)))
 
 

@@ -90,5 +90,18 @@ class VAE(nn.Module):
         return images
 
 
+@torch.no_grad()
+def preview_colors(vae: VAE, images: Tensor) -> tuple[tuple[float, float, float], ...]:
+    """The linear map from latents to colours in -1..1 that fits these images best: C rows and a last one for none.
+
+    Args:
+        images: [B, 3, H, W] in 0..1, of the kind that will be drawn.
+    """
+    latents = vae.encode(images).movedim(1, -1).flatten(0, -2)
+    colors = F.avg_pool2d(images * 2 - 1, vae.spec.compression).movedim(1, -1).flatten(0, -2)
+    fit = torch.linalg.lstsq(F.pad(latents, (0, 1), value=1.0), colors).solution
+    return tuple(tuple(round(value, 4) for value in row) for row in fit.tolist())
+
+
 def _channelwise(vector: Tensor) -> Tensor:
     return vector.view(1, -1, 1, 1)

@@ -2,14 +2,14 @@
 
 Beside the language-model loss it learns through throw-away linear heads, which stand in for the pretraining that a
 real VLM brings: image tokens tell their pixels (from the tapped layers) and their cell's attributes (from the
-projector), and the last word of each object's phrase tells that object's attributes (from the tapped layers).
+projector), and the last word of each object's phrase tells its attributes and its cell (from the tapped layers).
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -41,10 +41,13 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }} {{ message['content'] }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
 )
-TEXT_MIX = {"full": 0.25, "short": 0.15, "indirect": 0.3, "count": 0.12, "relation": 0.18}
+TEXT_MIX = {"full": 0.15, "short": 0.28, "indirect": 0.35, "count": 0.09, "relation": 0.13}
+EDIT_MIX = {"recolor": 6, "remove": 10, "add": 4, "move": 9, "resize": 5, "reshape": 7, "background": 3}
+IMAGE_SHARE = 0.6  # of the rows that carry a text
+MOST_CELLS = 4  # along one side of a captioned canvas or of a tile's tokens
 
 LOOP = LoopSpec(
-    steps=2600,
+    steps=6000,
     batch_size=42,
     rate=2e-3,
     muon_rate=2.5e-3,
@@ -127,8 +130,8 @@ class Rows:
     ids: Tensor
     labels: Tensor
     pixels: Tensor | None
-    attributes: Tensor | None  # [tiles, 16, 5] class indices, -1 where unknown
-    phrases: Tensor = field(default_factory=lambda: torch.zeros(0, 5, dtype=torch.long))  # row, place, classes
+    attributes: Tensor | None  # [tiles, 16, 7] class indices, -1 where unknown
+    phrases: Tensor = field(default_factory=lambda: torch.zeros(0, 7, dtype=torch.long))  # row, place, classes
 
     def to(self, device: torch.device | str, **_) -> Rows:
         """The same rows on a device, as accelerate asks for them."""
@@ -168,7 +171,7 @@ class Collator:
                 at = len(ids) + 12  # six words and a colon, then `a size color shape at position ,`
                 for number, thing in enumerate(row.target.things):
                     kinds = SHAPES.index(thing.shape), tuple(COLORS).index(thing.color), tuple(SIZES).index(thing.size)
-                    phrases.append((index, at + 7 * number, *kinds))
+                    phrases.append((index, at + 7 * number, *kinds, thing.row, thing.column))
             sequences.append(ids + target)
             labels.append([-100] * len(ids) + target)
         longest = max(map(len, sequences))
@@ -182,7 +185,7 @@ class Collator:
             )
             if tiles
             else None,
-            torch.tensor(phrases, dtype=torch.long).reshape(-1, 5),
+            torch.tensor(phrases, dtype=torch.long).reshape(-1, 7),
         )
 
 
@@ -192,19 +195,24 @@ def normalize(tiles: np.ndarray) -> Tensor:
 
 
 def scene_attributes(scene: Scene | None) -> np.ndarray:
-    """[16, 5]: shape, colour, size, stripes and mark of each image token's cell; 0 is "nothing there", -1 unknown."""
+    """[16, 7]: each image token's row and column, then its cell's shape, colour, size, stripes and mark.
+
+    Of the latter, 0 is "nothing there" and -1 unknown.
+    """
+    table = np.zeros((4, 4, 7), np.int64)
+    table[:, :, 0], table[:, :, 1] = np.indices((4, 4))
     if scene is None:
-        return np.full((16, 5), -1, np.int64)
-    table = np.zeros((4, 4, 5), np.int64)
+        table[:, :, 2:] = -1
+        return table.reshape(16, 7)
     for t in scene.things:
-        table[2 * t.row : 2 * t.row + 2, 2 * t.column : 2 * t.column + 2] = (
+        table[2 * t.row : 2 * t.row + 2, 2 * t.column : 2 * t.column + 2, 2:] = (
             1 + SHAPES.index(t.shape),
             1 + tuple(COLORS).index(t.color),
             1 + tuple(SIZES).index(t.size),
             1 + STRIPES.index(t.detail.stripes),
             1 + MARKS.index(t.detail.mark),
         )
-    return table.reshape(16, 5)
+    return table.reshape(16, 7)
 
 
 def text_rows(rng: Random, count: int) -> list[Row]:
@@ -225,12 +233,12 @@ def image_rows(rng: Random, count: int) -> list[Row]:
     rows = []
     for _ in range(count):
         draw = rng.random()
-        if draw < 0.2:
+        if draw < 0.15:
             scene = sample_scene(rng, count=rng.choice((1, 2, 3, 3, 4)))
             prompt = rng.choice(CAPTION_PATTERNS["train"])
             rows.append(Row(tiles=(render_array(scene),), scenes=(scene,), prompt=prompt, target=scene))
-        elif draw < 0.8:
-            edit = sample_edit(rng)
+        elif draw < 0.75:
+            edit = sample_edit(rng, rng.choices(tuple(EDIT_MIX), tuple(EDIT_MIX.values()))[0])
             rows.append(
                 Row(
                     tiles=(render_array(edit.source),),
@@ -273,6 +281,10 @@ def looking_rows(rng: Random, tiled: bool) -> list[Row]:
     return rows
 
 
+PHRASE_CLASSES = (len(SHAPES), len(COLORS), len(SIZES), MOST_CELLS, MOST_CELLS)
+LOOK_CLASSES = (MOST_CELLS, MOST_CELLS, *(1 + len(table) for table in (SHAPES, COLORS, SIZES, STRIPES, MARKS)))
+
+
 class Trainee(nn.Module):
     """The VLM with its throw-away heads."""
 
@@ -282,8 +294,8 @@ class Trainee(nn.Module):
         width = len(TAPS) * WIDTH
         self.tap_norm = nn.LayerNorm(width, elementwise_affine=False)
         self.pixel_head = nn.Linear(width, 3 * (TILE // 4) ** 2)
-        self.phrase_head = nn.Linear(width, len(SHAPES) + len(COLORS) + len(SIZES))
-        self.look_head = nn.Linear(WIDTH, len(SHAPES) + len(COLORS) + len(SIZES) + len(STRIPES) + len(MARKS) + 5)
+        self.phrase_head = nn.Linear(width, sum(PHRASE_CLASSES))
+        self.look_head = nn.Linear(WIDTH, sum(LOOK_CLASSES))
 
     def forward(self, parts: list[Rows]) -> dict[str, Tensor]:
         """Losses averaged over the parts that have them."""
@@ -305,20 +317,19 @@ class Trainee(nn.Module):
         if len(rows.phrases):
             row, place, *kinds = rows.phrases.unbind(1)
             states = torch.cat([tap[row, place] for tap in taps["layers"]], dim=-1)
-            losses["phrase"] = _classify(self.phrase_head(self.tap_norm(states)), kinds, (SHAPES, COLORS, SIZES), 0)
+            losses["phrase"] = _classify(self.phrase_head(self.tap_norm(states)), kinds, PHRASE_CLASSES)
         if rows.pixels is not None:
             images = rows.ids == self.vlm.config.image_token_id
             states = torch.cat([tap[images] for tap in taps["layers"]], dim=-1)
             losses["pixel"] = pixel_loss(self.pixel_head(self.tap_norm(states)), rows.pixels)
-            if (rows.attributes >= 0).any():
+            if (rows.attributes >= 0).all(-1).any():
                 looked = self.look_head(taps["projector"].flatten(0, 1))
-                tables = (SHAPES, COLORS, SIZES, STRIPES, MARKS)
-                losses["look"] = _classify(looked, rows.attributes.flatten(0, 1).unbind(1), tables, 1)
+                losses["look"] = _classify(looked, rows.attributes.flatten(0, 1).unbind(1), LOOK_CLASSES)
         return losses
 
 
-def _classify(logits: Tensor, kinds, tables, extra: int) -> Tensor:
-    parts = logits.split([len(table) + extra for table in tables], dim=-1)
+def _classify(logits: Tensor, kinds: Iterable[Tensor], classes: Sequence[int]) -> Tensor:
+    parts = logits.split(list(classes), dim=-1)
     return sum(F.cross_entropy(part, kind, ignore_index=-1) for part, kind in zip(parts, kinds, strict=True))
 
 
@@ -362,9 +373,8 @@ def loss(model: nn.Module, parts: list[Rows]) -> tuple[Tensor, dict[str, Tensor]
 def batch(step: int, seed: int, collate: Collator, size: int, shard: tuple[int, int] = (0, 1)) -> list[Rows]:
     """One step's rows, sorted by length into three padded parts; `shard` = (process, processes) takes its share."""
     rng = Random(f"vlm-{seed}-{step}")
-    rows = (
-        text_rows(rng, size * 3 // 7) + image_rows(rng, size - size * 3 // 7) + looking_rows(rng, tiled=step % 3 == 0)
-    )
+    images = round(size * IMAGE_SHARE)
+    rows = text_rows(rng, size - images) + image_rows(rng, images) + looking_rows(rng, tiled=step % 3 == 0)
     rows = sorted(rows, key=collate.length)[shard[0] :: shard[1]]
     bounds = [round(i * len(rows) / 3) for i in range(4)]
     return [collate(rows[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]

@@ -1,0 +1,16 @@
+"""The nodes, in flow order. Nothing heavy is imported before a node runs."""
+
+from comfy_api.latest import ComfyExtension, io
+from typing_extensions import override
+
+from . import condition, encode, inspect, loaders, sample, scene, schedule
+
+
+class UniFusionExtension(ComfyExtension):
+    @override
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [node for part in (loaders, encode, condition, schedule, sample, inspect, scene) for node in part.NODES]
+
+
+async def comfy_entrypoint() -> UniFusionExtension:
+    return UniFusionExtension()

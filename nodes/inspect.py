@@ -1,0 +1,80 @@
+"""Looking into the pooling of layers, and taking layers out."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import torch
+from comfy_api.latest import io
+
+from . import sockets
+
+CATEGORY = "UniFusion/inspect"
+FIGURES = ("layer weights", "attention norms", "layer similarity", "dropout effect")
+
+
+class LayerInspector(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UniFusionLayerInspector",
+            display_name="UniFusion Layer Inspector",
+            category=CATEGORY,
+            description="Draws what LAP does with the layers of the VLM, as the paper's Fig. 6, 7, 8 and 18 do.",
+            search_aliases=["layer weights", "attention norms", "analyse lap", "heat map"],
+            inputs=[
+                sockets.Fusion.Input("fusion", tooltip="From UniFusion Load Model."),
+                sockets.Hidden.Input("hidden", tooltip="From UniFusion Rewrite."),
+                io.Combo.Input("figure", options=list(FIGURES), default=FIGURES[0], tooltip="What to draw."),
+            ],
+            outputs=[io.Image.Output(tooltip="The figure.")],
+        )
+
+    @classmethod
+    def execute(cls, fusion, hidden, figure) -> io.NodeOutput:
+        from ..unifusion_core.evaluation.figures import figure as draw
+        from ..unifusion_core.fusion import check_vlm
+
+        check_vlm(fusion.spec, hidden.vlm, hidden.layers)
+        head = fusion.ready()
+        like = next(head.lap.parameters())
+        image = draw(figure, head.lap, hidden.to(like.device, like.dtype))
+        return io.NodeOutput(torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)[None])
+
+
+class LayerDropout(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UniFusionLayerDropout",
+            display_name="UniFusion Layer Dropout",
+            category=CATEGORY,
+            description="Sets the pooling weight of some layers to zero, to see in the picture what they carry.",
+            search_aliases=["drop layers", "ablation", "skip layer"],
+            inputs=[
+                sockets.Fusion.Input("fusion", tooltip="From UniFusion Load Model."),
+                io.String.Input(
+                    "layers", default="", tooltip="Numbers of tapped layers, such as 5 or 2, 8. Empty drops none."
+                ),
+            ],
+            outputs=[sockets.Fusion.Output(display_name="fusion", tooltip="To UniFusion LAP Encode.")],
+        )
+
+    @classmethod
+    def execute(cls, fusion, layers) -> io.NodeOutput:
+        return io.NodeOutput(fusion.without(dropped(layers, fusion.spec.layers)))
+
+
+def dropped(text: str, tapped: tuple[int, ...]) -> tuple[int, ...]:
+    """Layer numbers as written → their places among the tapped layers."""
+    words = [word for word in re.split(r"[\s,]+", text.strip()) if word]
+    if odd := [word for word in words if not word.isascii() or not word.isdigit() or int(word[:9]) not in tapped]:
+        raise ValueError(f"layer {odd[0][:20]!r} is not tapped; this model taps {', '.join(map(str, tapped))}")
+    places = tuple(sorted({tapped.index(int(word)) for word in words}))
+    if len(places) == len(tapped):
+        raise ValueError("every layer is dropped; leave at least one")
+    return places
+
+
+NODES = [LayerInspector, LayerDropout]

@@ -1,0 +1,110 @@
+"""Files → what travels on the sockets. Imported when a loader first runs: transformers and diffusers come with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import comfy.model_management as management
+import comfy.sd
+import torch
+from comfy_execution.graph_utils import ExecutionBlocker
+
+from ..unifusion_core.checkpoint import load_into, load_tensors, read_spec
+from ..unifusion_core.conditioning.lap import LayerwiseAttentionPooling
+from ..unifusion_core.conditioning.refiner import Refiner
+from ..unifusion_core.conditioning.vlm import load_vlm as load_vlm_folder
+from ..unifusion_core.fusion import FusionHead
+from ..unifusion_core.lora import to_comfy
+from ..unifusion_core.pipeline import load_vae
+from ..unifusion_core.presets import ModelSpec, spec_from_dict
+from . import stepping
+from .files import WEIGHTS
+from .memory import LOADED, ManagedFusion, ManagedVLM, managed
+from .model import SPEC_TENSOR, ComfyVAE, load_dit
+
+SAVED = "model.diffusion_model."  # core's prefix in checkpoints
+ONLY_DIT = (
+    "this file holds the DiT alone (core's Save Model wrote it): take LAP and refiner from a UniFusion Load Model of "
+    "the model it was made from"
+)
+NO_VAE = "there is no vae.safetensors beside this model: connect a VAE of {channels} channels by core's Load VAE"
+
+
+def load_vlm(folder: Path) -> ManagedVLM:
+    key = "vlm", folder, folder.stat().st_mtime_ns
+    shared = LOADED.get(key)
+    if shared is None:
+        vlm = load_vlm_folder(folder, dtype=_text_dtype())
+        shared = LOADED[key] = ManagedVLM(vlm, managed(vlm=vlm.model))
+    return shared
+
+
+def load_model(path: Path, dtype: torch.dtype | None) -> tuple:
+    """MODEL, UNIFUSION_FUSION and VAE of a file; what is not there blocks the nodes that need it, with the reason."""
+    spec, parts = read_parts(path)
+    folder = path.parent if (path.parent / "vae.safetensors").is_file() else WEIGHTS
+    vae = load_vae(folder / "vae.safetensors") if folder == path.parent or spec.name.startswith("micro") else None
+    compression = vae.spec.compression if vae else 8
+    patcher = load_patcher(path, dtype, compression)
+    fusion = _fusion(spec, parts) if parts["lap"] else ExecutionBlocker(ONLY_DIT)
+    if vae is None:
+        return patcher, fusion, ExecutionBlocker(NO_VAE.format(channels=spec.dit.in_channels))
+    return patcher, fusion, wrap_vae(folder / "vae.safetensors")
+
+
+def read_parts(path: Path) -> tuple[ModelSpec, dict[str, dict[str, torch.Tensor]]]:
+    """The spec of a model file, and its tensors by part: dit, lap, refiner."""
+    tensors = load_tensors(path)
+    if SPEC_TENSOR in tensors:
+        spec = spec_from_dict(json.loads(bytes(tensors[SPEC_TENSOR].tolist())))
+        return spec, {"dit": _below(tensors, SAVED), "lap": {}, "refiner": {}}
+    return spec_from_dict(read_spec(path)), {part: _below(tensors, f"{part}.") for part in ("dit", "lap", "refiner")}
+
+
+def load_patcher(path: Path, dtype: torch.dtype | None, compression: int, disable_dynamic: bool = False):
+    """The MODEL of a file; core calls this again where it needs another copy."""
+    spec, parts = read_parts(path)
+    patcher = load_dit(spec, parts["dit"], compression=compression, dtype=dtype, dynamic=not disable_dynamic)
+    patcher.cached_patcher_init = (load_patcher, (path, dtype, compression))
+    stepping.attach(patcher)
+    return patcher
+
+
+def wrap_vae(path: Path) -> ComfyVAE:
+    vae = ComfyVAE(load_vae(path))
+    vae.patcher.cached_patcher_init = (_vae_patcher, (path,))
+    return vae
+
+
+def apply_lora(model, path: str, strength: float):
+    tensors = to_comfy(load_tensors(path))
+    before = sum(map(len, model.patches.values()))
+    patched, _ = comfy.sd.load_lora_for_models(model, None, tensors, strength, 0)
+    if patched is model or (strength and sum(map(len, patched.patches.values())) == before):
+        raise ValueError(f"{Path(path).name}: none of its {len(tensors)} tensors fits this model; take a LoRA of it")
+    return patched
+
+
+def _vae_patcher(path: Path, disable_dynamic: bool = False):
+    return wrap_vae(path).patcher
+
+
+def _fusion(spec: ModelSpec, parts: dict) -> ManagedFusion:
+    lap, refiner = LayerwiseAttentionPooling(spec.lap), Refiner(spec.refiner)
+    load_into(lap, parts["lap"], name="LAP")
+    load_into(refiner, parts["refiner"], name="refiner")
+    dtype = _text_dtype()
+    for module in (lap, refiner):
+        module.to(dtype).eval().requires_grad_(False)
+    return ManagedFusion(FusionHead(spec, lap, refiner), managed(lap=lap, refiner=refiner))
+
+
+def _text_dtype() -> torch.dtype:
+    """fp32 on a CPU; on a card bf16 where it can, as the large VLMs are stored."""
+    device = management.text_encoder_device()
+    return torch.bfloat16 if management.should_use_bf16(device) and device.type != "cpu" else torch.float32
+
+
+def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}

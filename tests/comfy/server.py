@@ -1,0 +1,160 @@
+"""Where ComfyUI is, and one running server of it over a folder of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+REPO = Path(__file__).parents[2]
+PACK = "UniFusion"
+MODEL_FOLDERS = ("checkpoints", "diffusion_models", "loras", "text_encoders", "unifusion", "vae", "vlm")
+READY_S = 300
+STOP_S = 30
+
+
+@dataclass(frozen=True)
+class Comfy:
+    path: Path
+    python: Path
+
+
+def find_comfy() -> Comfy | str:
+    """$COMFYUI_PATH, else comfy-cli's default workspace; or why there is none."""
+    path = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI").expanduser()
+    if not (path / "main.py").is_file():
+        return f"no ComfyUI at {path}: set COMFYUI_PATH (and COMFYUI_PYTHON) to run the tests of the node pack"
+    inside = [path / venv / sub for venv in (".venv", "venv") for sub in ("bin/python", "Scripts/python.exe")]
+    found = next((python for python in inside if python.is_file()), Path(sys.executable))
+    python = Path(os.environ.get("COMFYUI_PYTHON") or found).expanduser()
+    if not python.is_file():
+        return f"no Python at {python}: set COMFYUI_PYTHON to the one that runs ComfyUI"
+    return Comfy(path, python)
+
+
+def make_base(base: Path, pack: Path = REPO) -> Path:
+    """A base directory of ComfyUI's with the pack linked into its custom_nodes."""
+    for folder in ("input", "output", "temp", "user", *(f"models/{name}" for name in MODEL_FOLDERS)):
+        (base / folder).mkdir(parents=True)
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / PACK).symlink_to(pack, target_is_directory=True)
+    return base
+
+
+def arguments(base: Path) -> list[str]:
+    """Of a ComfyUI that keeps to the CPU and to its base directory."""
+    database = f"sqlite:///{base / 'user' / 'comfyui.db'}"
+    return ["--cpu", "--base-directory", str(base), "--database-url", database, "--disable-api-nodes"]
+
+
+def environment() -> dict[str, str]:
+    """One thread, nothing on sys.path but ComfyUI's own, and no way out of the machine."""
+    outside = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    return kept | outside | {"no_proxy": "127.0.0.1,localhost", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+class Server:
+    """A running ComfyUI."""
+
+    def __init__(self, process: subprocess.Popen, port: int, base: Path, log: Path):
+        self.process, self.port, self.base, self.log = process, port, base, log
+        self.address = f"127.0.0.1:{port}"
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def tail(self, lines: int = 60) -> str:
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        return "\n".join(["last lines of the server's log:", *text.splitlines()[-lines:]])
+
+    def memory(self) -> int:
+        """Resident bytes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:")) * 1024
+
+
+@contextmanager
+def running(comfy: Comfy, base: Path, *extra: str) -> Iterator[Server]:
+    """Starts a server over `base`, waits until it answers, and ends it however the block ends."""
+    port, log = _free_port(), base / "server.log"
+    command = [str(comfy.python), str(comfy.path / "main.py"), *arguments(base), "--port", str(port)]
+    command += ["--disable-auto-launch", "--preview-method", "latent2rgb", *extra]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command,
+            cwd=base,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+    server = Server(process, port, base, log)
+    try:
+        _wait(server)
+        yield server
+    finally:
+        _stop(process)
+
+
+def write_tensors(path: Path, tensors: dict[str, tuple[tuple[int, ...], list[float]]]) -> None:
+    """A safetensors file of float32 values, without torch."""
+    header, data = {}, b""
+    for name, (shape, values) in tensors.items():
+        chunk = struct.pack(f"<{len(values)}f", *values)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + len(chunk)]}
+        data += chunk
+    head = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(head)) + head + data)
+
+
+def read_header(path: Path) -> dict:
+    with path.open("rb") as file:
+        return json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait(server: Server) -> None:
+    limit = time.monotonic() + READY_S
+    while time.monotonic() < limit:
+        if not server.alive:
+            raise RuntimeError(f"ComfyUI ended with {server.process.returncode} before it answered; {server.tail()}")
+        try:
+            with urlopen(f"http://{server.address}/system_stats", timeout=5):
+                return
+        except (URLError, ConnectionError, TimeoutError):
+            time.sleep(0.2)
+    raise TimeoutError(f"ComfyUI did not answer within {READY_S} s; {server.tail()}")
+
+
+def _stop(process: subprocess.Popen) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(STOP_S)
+
+
+def _end_with_parent() -> None:
+    """Linux ends the server even where pytest itself is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
