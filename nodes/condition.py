@@ -105,7 +105,8 @@ def _weighted(entry: list, weight: float) -> list:
 def _only(conditioning: list, name: str) -> list:
     if len(conditioning) != 1:
         raise ValueError(
-            f"conditioning {name} has {len(conditioning)} entries; mix before Combine or UniFusion Schedule, or choose prediction"
+            f"conditioning {name} has {len(conditioning)} entries; mix before Combine or UniFusion Schedule, "
+            "or choose prediction"
         )
     return conditioning[0]
 

@@ -147,7 +147,7 @@ class VAEDecode(io.ComfyNode):
         latents = samples["samples"]
         if latents.shape[1] != vae.latent_channels:
             raise ValueError(
-                f"latents of {latents.shape[1]} channels: this VAE takes {vae.latent_channels}; use the VAE of the model"
+                f"latents of {latents.shape[1]} channels: this VAE takes {vae.latent_channels}; take the model's own"
             )
         return io.NodeOutput(vae.decode(latents))
 

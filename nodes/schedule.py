@@ -33,7 +33,7 @@ class ScheduleNode(io.ComfyNode):
             inputs=[
                 io.Autogrow.Input(
                     "conditionings",
-                    tooltip="The tracks a, b, … of the schedule. Of the first that is pooled come also image, text and all.",
+                    tooltip="The tracks a, b, … of the schedule; image, text and all are parts of the first.",
                     template=io.Autogrow.TemplateNames(
                         io.Conditioning.Input("conditioning", tooltip="Refined, or pooled with fusion connected."),
                         names=list(NAMES),
@@ -66,7 +66,7 @@ class ScheduleNode(io.ComfyNode):
                 sockets.Fusion.Input(
                     "fusion",
                     optional=True,
-                    tooltip="Refines each track by itself; needed for pooled conditionings and for image, text and all.",
+                    tooltip="Refines each track by itself; needed where a conditioning is pooled, and for its parts.",
                 ),
             ],
             outputs=[io.Conditioning.Output(tooltip="To a sampler. One entry per track.")],
@@ -103,7 +103,7 @@ class ScheduleModel(io.ComfyNode):
             node_id="UniFusionScheduleModel",
             display_name="UniFusion Schedule for any Model",
             category=CATEGORY,
-            description="Lets another model follow UniFusion Schedule. Models of UniFusion Load Model do so by themselves.",
+            description="Lets another model follow UniFusion Schedule; those of UniFusion Load Model do so anyway.",
             search_aliases=["schedule foreign model", "wrapper"],
             inputs=[io.Model.Input("model", tooltip="Any MODEL.")],
             outputs=[io.Model.Output(tooltip="The same model; scheduled conditionings switch step by step.")],

@@ -1,7 +1,7 @@
 """The pack's own socket types, and how condition tokens travel as ComfyUI's CONDITIONING.
 
-A CONDITIONING tensor is [B, T, E + 4]: the tokens, then for each of them is_image, y and x, and a mark: 0 padding, below
-0 pooled by LAP, above 0 refined as well. Beside the tokens rather than in the dict, they stay right under core's
+A CONDITIONING tensor is [B, T, E + 4]: the tokens, then for each of them is_image, y and x, and a mark: 0 padding,
+below 0 pooled by LAP, above 0 refined as well. Beside the tokens rather than in the dict, they stay right under core's
 Concat, Average and ZeroOut, which know nothing of them. y and x are homogeneous: divide by is_image.
 """
 

@@ -19,39 +19,55 @@ KEY = "unifusion"
 SCHEDULE, TRACK, GROUP, FADE = "unifusion_schedule", "unifusion_track", "unifusion_group", "unifusion_fade"
 STEPS, STEP = "unifusion_steps", "unifusion_step"
 
-# Evaluations at the end of a step, after its first one, that still belong to it: Heun's corrector and its kin.
-# tests/comfy checks the table against every sampler of core.
-AT_THE_END = {"sample_heun": 1, "sample_heunpp2": 1}
+# Samplers that evaluate a step's far edge, or beyond it, before the next step begins there: Heun's corrector and its
+# kin. tests/comfy holds both sets against every sampler of core.
+LOOK_AHEAD = frozenset(
+    f"sample_{name}"
+    for name in (
+        "heun",
+        "heunpp2",
+        "exp_heun_2_x0",
+        "exp_heun_2_x0_sde",
+        "dpm_2_ancestral",
+        "dpmpp_2s_ancestral_cfg_pp",
+    )
+)
+OWN_STEPS = frozenset({"sample_dpm_fast", "sample_dpm_adaptive"})  # they take the range, not the edges
 
 
 class Steps:
     """Tells the step of each evaluation from its sigma and from the sampler's callbacks.
 
     A sampler calls back once a step, after its first evaluation. Until the next call, whatever lies above the next
-    edge is an inner evaluation of that step; on the edge itself the next step begins, unless the sampler is one that
-    looks ahead there.
+    edge is an inner evaluation of that step; on the edge itself the next step begins, unless the sampler looks ahead.
+    One that takes steps of its own is told by sigma alone.
     """
 
-    def __init__(self, sigmas: list[float], at_the_end: int = 0) -> None:
-        self.sigmas, self.at_the_end = sigmas, at_the_end
+    def __init__(self, sigmas: list[float], sampler: str = "") -> None:
+        self.sigmas = sigmas
+        self.looks_ahead, self.own_steps = sampler in LOOK_AHEAD, sampler in OWN_STEPS
         self.called: int | None = None
-        self.left = 0
+        self.looked = False
 
     def callback(self, step: int) -> None:
-        self.called, self.left = step, self.at_the_end
+        self.called, self.looked = step, False
 
     def find(self, sigma: float) -> int:
         last = len(self.sigmas) - 2
-        if self.called is not None and self.called <= last:
-            edge = self.sigmas[self.called + 1]
-            if sigma > edge * (1 + 1e-5):
-                return self.called
-            if sigma >= edge * (1 - 1e-5):
-                if self.left:
-                    self.left -= 1
-                    return self.called
-                return min(self.called + 1, last)
-        return max(0, sum(sigma <= edge * (1 + 1e-5) for edge in self.sigmas[:-1]) - 1)
+        if self.called is None or self.called >= last or self.own_steps:
+            return self._by_sigma(sigma)
+        edge = self.sigmas[self.called + 1]
+        on_edge = abs(sigma - edge) <= edge * 1e-5
+        if sigma > edge and not on_edge:
+            return self.called
+        if self.looks_ahead and not (on_edge and self.looked):
+            self.looked = True
+            return self.called
+        return self.called + 1 if on_edge else self._by_sigma(sigma)
+
+    def _by_sigma(self, sigma: float) -> int:
+        begun = sum(sigma <= edge * (1 + 1e-5) for edge in self.sigmas[:-1])
+        return max(0, begun - 1)
 
 
 def attach(patcher) -> None:
@@ -67,7 +83,7 @@ def attach(patcher) -> None:
 
 def _around_sampler(execute, guider, sigmas, extra_args, callback, *rest, **kwargs):
     name = getattr(getattr(execute.class_obj, "sampler_function", None), "__name__", "")
-    steps = Steps([float(sigma) for sigma in sigmas], AT_THE_END.get(name, 0))
+    steps = Steps([float(sigma) for sigma in sigmas], name)
     extra_args["model_options"].setdefault("transformer_options", {})[STEPS] = steps
 
     def listening(step, *args, **kwargs):

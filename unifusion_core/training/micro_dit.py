@@ -35,7 +35,7 @@ from .micro_vlm import TEXT_MIX, TILE, TOKENS, Collator, Row, normalize, tapped
 
 SPEC = micro()
 STAGE1 = LoopSpec(
-    steps=2400,
+    steps=3400,
     batch_size=26,
     rate=1.5e-3,
     muon_rate=4e-3,
@@ -49,8 +49,9 @@ NOISES = 3  # noise levels per condition: the VLM, the VAE and the fusion head a
 OBJECT_WEIGHT = 2.5  # of a cell with a thing in it, against 1 for an empty one
 EMPTY_SHARE = 0.1  # of the samples that carry text, for classifier-free guidance
 
-STAGE1_GRIDS = ((1, 1), (2, 2), (2, 2), (3, 3), (3, 3))  # of tiles, in turn
-STAGE2_GRIDS = (None, (3, 3), (2, 2), (3, 3), (3, 3), (1, 1), (3, 3))  # nine tiles are learned last
+GRIDS = (None, (3, 3), (2, 2), (3, 3), (1, 1), (3, 3))  # of tiles, in turn; nine are learned last
+TILED, TILED_NOISES = 5, 2  # tiled pictures a step, and noise levels of each
+SMALL_SHARE = 0.3  # of the tiled pictures are 64 px, so that tiles are seen at every scale
 
 Keep = Literal["image", "rewrite", "both"]
 
@@ -100,7 +101,9 @@ class Trainee(nn.Module):
     def forward(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         losses, weights = {}, {}
         for group in groups:
-            name = group.samples[0].keep + ("" if group.samples[0].target.rows == 2 else "_large")
+            first = group.samples[0]
+            name = f"{first.keep}{'' if first.target.rows == 2 else '_large'}"
+            name += f"_{len(first.row.tiles) - 1}" * (first.grid != (1, 1))
             losses[name] = self.loss(group)
             weights[name] = len(group.samples) * group.noises
         total = sum(weights.values())
@@ -215,9 +218,10 @@ def picture_sample(rng: Random, keep: Keep) -> Sample:
     return Sample(row=Row(tiles=(render_array(scene),), prompt=prompt, target=scene), keep=keep, target=scene)
 
 
-def tiled_sample(rng: Random, grid: tuple[int, int]) -> Sample:
-    """A 128-px picture to be drawn again from its tiles."""
-    scene = sample_scene(rng, rows=4, columns=4, count=rng.randint(3, 10))
+def tiled_sample(rng: Random, grid: tuple[int, int], cells: int = 4) -> Sample:
+    """A picture of cells x cells to be drawn again from its tiles."""
+    count = rng.randint(3, 10) if cells == 4 else rng.randint(1, 4)
+    scene = sample_scene(rng, rows=cells, columns=cells, count=count)
     tiles = tuple(np.asarray(tile) for tile in split(render(scene), grid, TILE))
     # A thumbnail is easier to draw from than nine tiles; half of them go without, or the tiles would be left alone.
     thumbnail = grid != (3, 3) or rng.random() < 0.5
@@ -232,13 +236,14 @@ def edit_sample(rng: Random) -> Sample:
 
 
 def side_group(rng: Random, grid: tuple[int, int] | None, shard: tuple[int, int]) -> Group:
-    """Other canvases: 128-px pictures in this grid of tiles, or (None) text on a wide or tall canvas."""
+    """Other canvases: pictures in this grid of tiles, or (None) text on a wide or tall canvas."""
     if grid is None:
         rows, columns = rng.choice(((2, 3), (3, 2)))
-        samples = [text_sample(rng, rows, columns) for _ in range(6)]
+        samples, noises = [text_sample(rng, rows, columns) for _ in range(6)], 1
     else:
-        samples = [tiled_sample(rng, grid) for _ in range(4)]
-    return Group(tuple(samples[shard[0] :: shard[1]]), 1, rng.getrandbits(32))
+        cells = 2 if grid != (1, 1) and rng.random() < SMALL_SHARE else 4
+        samples, noises = [tiled_sample(rng, grid, cells) for _ in range(TILED)], TILED_NOISES
+    return Group(tuple(samples[shard[0] :: shard[1]]), noises, rng.getrandbits(32) + shard[0])
 
 
 def stage1_batch(step: int, seed: int, size: int, shard: tuple[int, int] = (0, 1)) -> list[Group]:
@@ -248,7 +253,7 @@ def stage1_batch(step: int, seed: int, size: int, shard: tuple[int, int] = (0, 1
     texts += [picture_sample(rng, "rewrite") for _ in range(size * 2 // 26)]
     pictures = [picture_sample(rng, "image") for _ in range(size * 5 // 26)]
     joint = [picture_sample(rng, "both") for _ in range(size * 3 // 26)]
-    grid = None if step % 2 else STAGE1_GRIDS[step // 2 % len(STAGE1_GRIDS)]
+    grid = GRIDS[step % len(GRIDS)]
     return [*(_group(rng, samples, shard) for samples in (texts, pictures, joint)), side_group(rng, grid, shard)]
 
 
@@ -259,7 +264,7 @@ def stage2_batch(step: int, seed: int, size: int, shard: tuple[int, int] = (0, 1
     joint += [picture_sample(rng, "both") for _ in range(size * 2 // 26)]
     texts = [text_sample(rng) for _ in range(size * 8 // 26)] + [picture_sample(rng, "rewrite")]
     pictures = [picture_sample(rng, "image") for _ in range(size * 3 // 26)]
-    grid = STAGE2_GRIDS[step % len(STAGE2_GRIDS)]
+    grid = GRIDS[step % len(GRIDS)]
     return [*(_group(rng, samples, shard) for samples in (joint, texts, pictures)), side_group(rng, grid, shard)]
 
 

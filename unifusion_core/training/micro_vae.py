@@ -34,6 +34,12 @@ def batch(step: int, seed: int, *, size: int) -> Tensor:
     return torch.from_numpy(np.stack(pairs)).permute(0, 3, 1, 2).float() / 255
 
 
+def pictures(rng: Random, count: int) -> Tensor:
+    """Scenes of the default canvas, [count, 3, 64, 64] in 0..1."""
+    images = np.stack([render_array(sample_scene(rng)) for _ in range(count)])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+
+
 def loss(model: nn.Module, pairs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted L1 + 2·MSE over pixels in -1..1, and a small KL term; shapes weigh more than background."""
     images, background = pairs[:, :3], pairs[:, 3:]

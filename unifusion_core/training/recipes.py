@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import torch
 from accelerate import PartialState
 
 from ..conditioning.vlm import load_vlm
+from ..diffusion.vae import preview_colors
 from ..pipeline import load_generator, load_vae, save_generator, save_vae
 from . import micro_dit, micro_vae, micro_vlm
 from .loop import LoopSpec
@@ -79,10 +81,12 @@ def _stage(
     _needs(out / "vlm", "micro-vlm")
     _needs(out / "vae.safetensors", "micro-vae")
     vlm = load_vlm(out / "vlm", layers=micro_dit.SPEC.layers, dtype=torch.float32)
-    frozen = micro_dit.Frozen(vlm.model, vlm.tokenizer, load_vae(out / "vae.safetensors"))
+    vae = load_vae(out / "vae.safetensors")
+    frozen = micro_dit.Frozen(vlm.model, vlm.tokenizer, vae)
     micro_dit.train(out / "runs" / run_name, frozen, generator, batch, loop, device=device)
     if PartialState().is_main_process:
-        spec = replace(micro_dit.SPEC, vlm=vlm.identity)
+        colors = preview_colors(vae.cpu(), micro_vae.pictures(Random(0), 64))
+        spec = replace(micro_dit.SPEC, vlm=vlm.identity, preview=colors)
         save_generator(out / f"{weights}.safetensors", spec, generator, torch.float16)
     return out / f"{weights}.safetensors"
 
