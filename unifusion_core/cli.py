@@ -182,10 +182,13 @@ def evaluate_reconstruction(args: argparse.Namespace) -> Report:
 
 
 def bench(args: argparse.Namespace) -> Report:
-    from .evaluation import bench
+    from .evaluation import bench, bench_comfy
 
     with _progress(args) as progress:
-        report = bench.run(_loader(args)(), seed=args.seed, progress=progress)
+        if args.comfy:
+            report = bench_comfy.run(progress=progress)
+        else:
+            report = bench.run(_loader(args)(), seed=args.seed, progress=progress)
     print(bench.table(report))
     return report
 
@@ -400,7 +403,10 @@ def _parser() -> argparse.ArgumentParser:
     suite.add_argument("--tiles", type=_list(1), default=(1, 4, 9), metavar="N,…", help="default: 1,4,9")
     suite.add_argument("--n", type=_whole(1), default=100, metavar="N", help="pictures (default: 100)")
 
-    _verb(verbs, "bench", bench, [_common(), _model()], "measure speed, as ratios", "unifusion bench --json bench.json")
+    verb = _verb(
+        verbs, "bench", bench, [_common(), _model()], "measure speed, as ratios", "unifusion bench --json bench.json"
+    )
+    verb.add_argument("--comfy", action="store_true", help="of the node pack in the ComfyUI on this machine instead")
 
     verb = _verb(
         verbs,

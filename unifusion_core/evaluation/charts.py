@@ -6,7 +6,7 @@ Lengths are in px of the finished picture; a Canvas draws at twice that size for
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -24,7 +24,7 @@ BAR, NEGATIVE = (3, 112, 135), (196, 92, 48)
 LEFT, TOP = 92, 68  # where plots begin
 TITLE, LABEL, TICK, SMALL = 23, 16, 14, 13  # type sizes
 CAPTION = 66  # height of what stands under a plot: tick labels and the axis's name
-NOTE = 34  # height of the note at the foot
+NOTE, LINE = 34, 19  # heights of the foot with one note, and of each further note
 INSET = 28  # between the frame of a line chart and its first and last point
 STRIP = 22  # height of a heat map's row of spans
 WIDEST_CELL = 56  # of a heat map's columns
@@ -76,10 +76,12 @@ def bar_chart(
     note: str = "",
 ) -> Image.Image:
     """Draws one bar per value, those below zero in another colour; `reference`: a dashed line and its name."""
-    canvas = _sheet(HEIGHT, title, note)
-    box = (LEFT, TOP, WIDTH - 40, HEIGHT - NOTE - CAPTION)
-    shown = [*values, *([reference[0]] if reference else [])]
-    y = _vertical(canvas, box, min(0.0, *shown), max(0.0, *shown) * 1.06, y_label)
+    canvas = _sheet(HEIGHT - NOTE, title, note)
+    margin = 28 + length(reference[1]) if reference else 40
+    box = (LEFT, TOP, WIDTH - margin, HEIGHT - NOTE - CAPTION)
+    shown = [0.0, *values, *([reference[0]] if reference else [])]
+    pad = 0.06 * (max(shown) - min(shown))  # for the numbers at the bars' ends
+    y = _vertical(canvas, box, min(shown) and min(shown) - pad, max(shown) and max(shown) + pad, y_label)
     step = (box[2] - box[0]) / len(values)
     half = min(0.36 * step, 55)
     x = [box[0] + step * (i + 0.5) for i in range(len(values))]
@@ -93,7 +95,7 @@ def bar_chart(
     if reference:
         height = y(reference[0])
         canvas.line([(box[0], height), (box[2], height)], INK, 1.5, dash=6)
-        canvas.text(box[2], height - 6, reference[1], color=INK, anchor="rs")
+        canvas.text(box[2] + 8, height, reference[1], anchor="lm")
     _horizontal(canvas, box, x, names, x_label)
     return canvas.finish()
 
@@ -109,7 +111,7 @@ def line_chart(
     note: str = "",
 ) -> Image.Image:
     """Draws lines over shared positions `names`, each labelled at its right end; `low`: where the axis must begin."""
-    canvas = _sheet(HEIGHT, title, note)
+    canvas = _sheet(HEIGHT - NOTE, title, note)
     margin = 70 + max(length(entry.name, LABEL) for entry in series)
     box = (LEFT, TOP, WIDTH - margin, HEIGHT - NOTE - CAPTION)
     values = [value for entry in series for value in entry.values]
@@ -146,44 +148,51 @@ def heat_map(
 ) -> Image.Image:
     """Draws values [T, L] >= 0 as T columns of L cells, the first layer at the bottom, under a strip of spans.
 
-    Tokens beyond one per px are averaged over neighbours, and the note says so.
+    The scale ends at the highest cell, or short of a few outliers. Tokens beyond one per px are averaged over
+    neighbours. Notes at the foot say so.
 
     Args:
-        names: of the L layers. texts: of the T tokens. zoom: tokens `start:stop` to draw again with their texts below;
-            past `ZOOMED` tokens the rest is left out, and the note says so.
+        names: of the L layers.
+        texts: of the T tokens, written below where T <= `ZOOMED`.
+        zoom: tokens `start:stop` to draw again with their texts where T is larger, `ZOOMED` of them at most.
     """
-    right = WIDTH - 128
+    room = WIDTH - 128 - LEFT
     tall = min(max(20 * len(names), 170), 330)
-    start, stop = zoom or (0, 0)
-    shown = min(stop, start + ZOOMED)
-    pooled = math.ceil(len(values) / (right - LEFT))
+    whole = texts is not None and len(values) <= ZOOMED
+    start, stop = (0, 0) if zoom is None or whole else (zoom[0], min(zoom[1], zoom[0] + ZOOMED))
+    pooled = math.ceil(len(values) / room)
+    columns = np.add.reduceat(values, range(0, len(values), pooled), axis=0)
+    columns = columns / np.minimum(pooled, len(values) - np.arange(len(columns)) * pooled)[:, None]
+    parts = [columns, values[start:stop]] if stop else [columns]
+    high, highest = max(map(_top, parts)), max(part.max() for part in parts)
     notes = [note] if note else []
     if pooled > 1:
         notes.append(f"Each column of the upper map is the mean of {pooled} tokens.")
-    if shown < stop:
-        notes.append(f"Written out: the first {ZOOMED} of {stop - start} tokens.")
-    top = TOP + 26 + STRIP
-    lower = top + tall + CAPTION + 8 + STRIP  # where the second map begins
-    canvas = _sheet((lower + tall + TEXT_HEIGHT if shown else top + tall + CAPTION) + NOTE, title, " ".join(notes))
-    _legend(canvas, TOP + 4, bands)
+    if stop and stop < zoom[1]:
+        notes.append(f"Written out: the first {stop - start} of {zoom[1] - start} tokens.")
+    if highest > high:
+        notes.append(f"A few cells lie above the scale, the highest at {highest:.3g}.")
 
-    high = float(values.max()) or 1.0
-    columns = np.add.reduceat(values, range(0, len(values), pooled), axis=0)
-    columns /= np.minimum(pooled, len(values) - np.arange(len(columns)) * pooled)[:, None]
-    box = (LEFT, top, min(right, LEFT + WIDEST_CELL * len(values)), top + tall)
-    width = (box[2] - box[0]) / len(values)
+    top = TOP + 26 + STRIP
+    lower = top + tall + (TEXT_HEIGHT if whole else CAPTION + 8 + STRIP)  # where the map ends, or the second begins
+    canvas = _sheet(lower + tall + TEXT_HEIGHT if stop else lower, title, *notes)
+    _legend(canvas, TOP + 4, bands)
+    width = min(room / len(values), WIDEST_CELL)
+    box = (LEFT, top, LEFT + width * len(values), top + tall)
     _cells(canvas, box, columns / high, names, y_label)
     _strip(canvas, box, bands, 0, len(values))
-    marks = [0, *(t for t in _ticks(0, len(values), 8) if t == int(t) and 0 < t < len(values))]
-    _horizontal(canvas, box, [box[0] + (t + 0.5) * width for t in marks], [f"{t:.0f}" for t in marks], x_label)
-    _scale(canvas, (right + 26, top, right + 44, top + tall), high, value_label)
-    if shown:
-        width = min((right - LEFT) / (shown - start), WIDEST_CELL)
-        box = (LEFT, lower, LEFT + width * (shown - start), lower + tall)
-        _cells(canvas, box, values[start:shown] / high, names, y_label)
-        _strip(canvas, box, bands, start, shown)
-        for i, text in enumerate((texts or [])[start:shown]):
-            canvas.upright(box[0] + (i + 0.5) * width, box[3] + 6, text, TICK if width >= 15 else 12, end="t")
+    _scale(canvas, (box[2] + 26, top, box[2] + 44, top + tall), high, value_label)
+    if whole:
+        _texts(canvas, box, texts)
+    else:
+        marks = [t for t in _ticks(0, len(values) - 1, 8) if t == int(t)]
+        _horizontal(canvas, box, [box[0] + (t + 0.5) * width for t in marks], [f"{t:.0f}" for t in marks], x_label)
+    if stop:
+        width = min(room / (stop - start), WIDEST_CELL)
+        box = (LEFT, lower, LEFT + width * (stop - start), lower + tall)
+        _cells(canvas, box, values[start:stop] / high, names, y_label)
+        _strip(canvas, box, bands, start, stop)
+        _texts(canvas, box, (texts or [])[start:stop])
     return canvas.finish()
 
 
@@ -197,10 +206,12 @@ def colors(shares: np.ndarray) -> np.ndarray:
 # Parts of charts.
 
 
-def _sheet(height: float, title: str, note: str) -> Canvas:
-    canvas = Canvas(height)
+def _sheet(height: float, title: str, *notes: str) -> Canvas:
+    """Paper that high, with a title, and below it a line for each note."""
+    canvas = Canvas(height + NOTE + LINE * max(len(notes) - 1, 0))
     canvas.text(WIDTH / 2, 38, title, TITLE, anchor="ms")
-    canvas.text(WIDTH - 20, height - 13, note, SMALL, FADED, anchor="rs")
+    for i, note in enumerate(notes):
+        canvas.text(WIDTH - 20, height + NOTE - 13 + LINE * i, note, SMALL, FADED, anchor="rs")
     return canvas
 
 
@@ -244,6 +255,7 @@ def _cells(canvas: Canvas, box: Box, shares: np.ndarray, names: Sequence[str], l
 def _strip(canvas: Canvas, box: Box, bands: Sequence[Band], start: int, stop: int) -> None:
     """Names the spans over a heat map of the tokens `start:stop`, and marks where they begin and end."""
     width = (box[2] - box[0]) / (stop - start)
+    last = box[0]
     for band in bands:
         if band.stop <= start or band.start >= stop:
             continue
@@ -251,11 +263,18 @@ def _strip(canvas: Canvas, box: Box, bands: Sequence[Band], start: int, stop: in
         right = box[0] + (min(band.stop, stop) - start) * width
         canvas.box((left + 0.5, box[1] - STRIP, max(right - 0.5, left + 1), box[1] - 4), band.color)
         for edge in (left, right):
-            if box[0] < edge < box[2]:
+            if last + 5 < edge < box[2] - 1:
                 canvas.line([(edge, box[1] - 4), (edge, box[3])], PAPER, 1.5)
+                last = edge
         if label := next((label for label in band.labels if length(label, SMALL) <= right - left - 6), ""):
             ink = PAPER if np.dot(band.color, (0.3, 0.6, 0.1)) < 150 else INK
             canvas.text((left + right) / 2, box[1] - 4 - (STRIP - 4) / 2, label, SMALL, ink, "mm")
+
+
+def _texts(canvas: Canvas, box: Box, texts: Sequence[str]) -> None:
+    width = (box[2] - box[0]) / max(len(texts), 1)
+    for i, text in enumerate(texts):
+        canvas.upright(box[0] + (i + 0.5) * width, box[3] + 6, text, TICK if width >= 15 else 12, end="t")
 
 
 def _legend(canvas: Canvas, y: float, bands: Sequence[Band]) -> None:
@@ -275,7 +294,13 @@ def _scale(canvas: Canvas, box: Box, high: float, label: str) -> None:
             y = box[3] - tick / high * (box[3] - box[1])
             canvas.line([(box[2], y), (box[2] + 5, y)], FADED)
             canvas.text(box[2] + 9, y, f"{tick:.{digits}f}", color=FADED, anchor="lm")
-    canvas.upright(WIDTH - 22, (box[1] + box[3]) / 2, label, LABEL)
+    canvas.upright(box[2] + 62, (box[1] + box[3]) / 2, label, LABEL)
+
+
+def _top(cells: np.ndarray) -> float:
+    """Where a scale ends: at the highest cell, unless that is over 1.5 times the 99.5 % quantile."""
+    high, most = float(cells.max()), float(np.quantile(cells, 0.995))
+    return most if 0 < 1.5 * most < high else high or 1.0
 
 
 def _ticks(low: float, high: float, most: int, outer: bool = False) -> list[float]:

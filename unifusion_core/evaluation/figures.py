@@ -48,6 +48,11 @@ def figure(
     """
     if name not in get_args(Figure):
         raise ValueError(f"unknown figure {name!r}; one of {', '.join(get_args(Figure))}")
+    sizes = (lap.spec.num_layers, lap.spec.width)
+    if hidden.states.shape[2:] != sizes:
+        raise ValueError(
+            f"LAP pools {sizes[0]} layers, {sizes[1]} wide, but the states are {list(hidden.states.shape)}"
+        )
     if name == "layer weights":
         return weights_figure(lap, hidden.layers)
     if not bool(hidden.mask.any()):
@@ -75,7 +80,7 @@ def weights_figure(lap: LayerwiseAttentionPooling, layers: Sequence[int]) -> Ima
         title="Layer weights of the pooling FC",
         x_label="tapped layer of the VLM",
         y_label="weight / sum of |weights|",
-        reference=(1 / len(share), f"uniform, {1 / len(share):.2f}"),
+        reference=(1 / len(share), f"uniform 1/{len(share)}"),
         note=f"Raw weights run from {raw.min():.3g} to {raw.max():.3g}. They weigh what leaves LAP's attention blocks.",
     )
 
@@ -96,9 +101,11 @@ def norms_figure(
         raise ValueError("this row holds no real token, only padding")
     kept = mask.nonzero()[:, 0].tolist()
     place = mask.long().cumsum(0).tolist()  # how many real tokens lie up to and with each
-    bands = [_band(span, place) for span in spans if any(place[span.start : span.stop])]
+    bands = [_band(span, place) for span in spans if bool(mask[span.start : span.stop].any())]
     zoom = None
     if texts is not None:
+        pictured = {t for span in spans if span.image is not None for t in range(span.start, span.stop)}
+        texts = ["" if token in pictured else _short(texts[token]) for token in kept]
         written = [next((b for b in bands if b.kind == LOOKS[kind][0]), None) for kind in WRITTEN]
         zoom = next(((band.start, band.stop) for band in written if band), None)
     return heat_map(
@@ -109,7 +116,7 @@ def norms_figure(
         x_label="token",
         y_label="tapped layer",
         value_label="norm",
-        texts=None if texts is None else [_short(texts[token]) for token in kept],
+        texts=texts,
         zoom=zoom,
         note="L2 norm of gate x attention weight x value over all heads, mean over query layers, first block of LAP.",
     )
@@ -157,7 +164,7 @@ def _band(span: Span, place: Sequence[int]) -> Band:
     labels = [kind]
     if span.image is not None:
         what = "thumbnail" if span.tile is None else f"tile {span.tile + 1}"
-        labels = [f"image {span.image + 1}, {what}", what, "" if span.tile is None else str(span.tile + 1)]
+        labels = [f"image {span.image + 1}, {what}", what, "thumb" if span.tile is None else str(span.tile + 1)]
     return Band(start, place[span.stop - 1], kind, labels, color)
 
 
