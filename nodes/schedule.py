@@ -73,7 +73,8 @@ class ScheduleNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, schedule: str | None = None):
+    def validate_inputs(cls, schedule: str | None = None, conditionings=None):
+        # core insists on handing over the Autogrow's dict too; its sockets stay checked by core
         if schedule is not None and not isinstance(schedule, str):  # core leaves named inputs unchecked
             return f"schedule must be text such as {DEFAULT!r}"
         try:
@@ -89,7 +90,12 @@ class ScheduleNode(io.ComfyNode):
         if not given:
             raise ValueError("no conditioning is connected; connect UniFusion LAP Encode or UniFusion Refine to a")
         sources = _sources(given)
-        plan = parse_schedule(schedule, sources)
+        plan = parse_schedule(schedule)
+        if unknown := [track for track in plan.tracks if track not in sources]:
+            raise ValueError(
+                f"the schedule names {unknown[0]!r}, which is not connected; there is {', '.join(sources)}. image and "
+                "text come from a conditioning with a picture (images of UniFusion Rewrite) or a rewrite"
+            )
         tracks = {track: _track(*sources[track], track, fusion) for track in plan.tracks}
         if fade == "tokens":
             _check_lengths(plan, tracks)

@@ -85,6 +85,10 @@ def note_of(entry: list) -> dict[str, Any]:
 def select(entry: list, kinds: tuple[str, ...], image: int | None = None, tile: int | None = None) -> list:
     """One entry of a CONDITIONING with the tokens of these spans only, pooled or refined."""
     tensor, note = entry[0], note_of(entry)
+    present = sorted({span.kind for row in note["spans"] for span in row})
+    if not set(kinds) & set(present):
+        cure = "; connect a picture to images of UniFusion Rewrite" if "image" in kinds or "thumbnail" in kinds else ""
+        raise ValueError(f"no tokens of {' or '.join(kinds)} here, only of {', '.join(present) or 'nothing'}{cure}")
     length = tensor.shape[1]
     if any(span.stop > length for row in note["spans"] for span in row):
         raise ValueError(f"the conditioning's {length} tokens are fewer than its spans name; select before shortening")
