@@ -16,9 +16,10 @@ def main(comfy: str, pack: str, steps: int, repeats: int) -> dict:
 
     comfy.options.enable_args_parsing()
     import execution  # noqa: F401  (before nodes, as in main.py)
-    import nodes
     import server
     import torch
+
+    import nodes
 
     torch.set_num_threads(1)
     server.PromptServer(asyncio.new_event_loop())

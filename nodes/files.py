@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,9 @@ import folder_paths
 EMBEDDED_VLM = "micro (embedded)"
 EMBEDDED_MODELS = ("micro (embedded)", "micro-base (embedded, stage 1)")
 WEIGHTS = Path(__file__).parents[1] / "unifusion_core" / "weights" / "micro"
+LONGEST_HEADER = 100_000_000  # bytes
+MARKS = frozenset({"unifusion_spec", "dit.time_mod_proj.weight"})
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")  # one of several; their index stands for them
 MODEL_FOLDERS = ("unifusion", "diffusion_models", "checkpoints")
 VLM_FOLDERS = ("vlm", "text_encoders")
 
@@ -62,27 +66,39 @@ def _model_files() -> dict[str, Path]:
     for folder in MODEL_FOLDERS:
         for name in folder_paths.get_filename_list(folder):
             path = folder_paths.get_full_path(folder, name)
-            if path and name.endswith(".safetensors") and _is_model(path, os.path.getmtime(path)):
+            if path and not SHARD.search(name) and _is_model(path, os.path.getmtime(path)):
                 found.setdefault(f"{folder}/{name}".replace(os.sep, "/"), Path(path))
     return found
 
 
 def _vlm_folders() -> dict[str, Path]:
-    roots = [Path(root) for folder in VLM_FOLDERS for root in folder_paths.get_folder_paths(folder)]
-    configs = [(root, path) for root in roots if root.is_dir() for path in sorted(root.glob("*/config.json"))]
-    return {f"{root.name}/{path.parent.name}": path.parent for root, path in configs}
+    """Transformers folders, alone or as `vlm` of a folder that our recipes made."""
+    found = {}
+    for folder, pattern in (*((name, "*/config.json") for name in VLM_FOLDERS), ("unifusion", "*/vlm/config.json")):
+        for root in map(Path, folder_paths.get_folder_paths(folder)):
+            for config in sorted(root.glob(pattern)) if root.is_dir() else ():
+                found.setdefault(f"{folder}/{config.parent.relative_to(root).as_posix()}", config.parent)
+    return found
 
 
 @lru_cache(maxsize=4096)
 def _is_model(path: str, modified: float) -> bool:
-    """Whether a safetensors header is a UniFusion model's, ours or one that core's ModelSave wrote."""
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 0 < length < 100_000_000:
-            return False
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            return False
-    return "unifusion_spec" in header or "dit.time_mod_proj.weight" in header
+    """Whether a file is a UniFusion model: ours, its index of shards, or what core's ModelSave wrote."""
+    if path.endswith(".safetensors.index.json"):
+        names = _json(Path(path).read_bytes()).get("weight_map")
+    elif path.endswith(".safetensors"):
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            names = _json(file.read(length)) if 0 < length < LONGEST_HEADER else None
+    else:
+        return False
+    return isinstance(names, dict) and not MARKS.isdisjoint(names)
+
+
+def _json(data: bytes) -> dict:
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
