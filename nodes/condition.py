@@ -6,6 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from . import sockets
+from .limits import within_limits
 
 CATEGORY = "UniFusion/conditioning"
 KINDS = {
@@ -40,6 +41,7 @@ class SelectTokens(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(cls, conditioning, kinds, image=-1, tile=-1) -> io.NodeOutput:
         one, part = (None if number < 0 else number for number in (image, tile))
         return io.NodeOutput([sockets.select(entry, KINDS[kinds], one, part) for entry in conditioning])
@@ -76,7 +78,8 @@ class MixConditioning(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, a, b, mode) -> io.NodeOutput:
+    @within_limits
+    def execute(cls, a, b, mode=None) -> io.NodeOutput:
         if mode["mode"] == "prediction":
             both = [(entry, mode["weight"]) for entry in a] + [(entry, 1 - mode["weight"]) for entry in b]
             return io.NodeOutput([_weighted(entry, weight) for entry, weight in both if weight > 0])

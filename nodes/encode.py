@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
+
 import comfy.utils
 import torch
+from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy_api.latest import io, ui
 from comfy_execution.utils import get_executing_context
 from PIL import Image
 from server import PromptServer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import sockets
+from .limits import within_limits
 
 CATEGORY = "UniFusion/conditioning"
 MAX_IMAGES, MAX_TILES = 8, 9  # the paper's ten tiles are nine and the thumbnail
@@ -99,8 +104,9 @@ class Rewrite(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(
-        cls, vlm, prompt, max_tiles, sampling, max_new_tokens, images=None, text="", system_prompt=""
+        cls, vlm, prompt, max_tiles, sampling=None, max_new_tokens=128, images=None, text="", system_prompt=""
     ) -> io.NodeOutput:
         from ..unifusion_core.conditioning.verifi import replay, rewrite
         from ..unifusion_core.conditioning.vlm import Request
@@ -149,6 +155,7 @@ class LAPEncode(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(cls, fusion, hidden, tokens="image + rewrite") -> io.NodeOutput:
         present = {span.kind for row in hidden.spans for span in row}
         if tokens == "image + rewrite":
@@ -174,6 +181,7 @@ class Refine(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(cls, fusion, conditioning) -> io.NodeOutput:
         return io.NodeOutput([refined(fusion, entry) for entry in conditioning])
 
@@ -195,6 +203,7 @@ class EmptyConditioning(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(cls, vlm, fusion) -> io.NodeOutput:
         hidden = vlm.ready().encode_empty().to("cpu")
         pooled = sockets.from_pooled(fusion.ready().pool(hidden).to("cpu"), fusion.spec.name)
@@ -214,6 +223,22 @@ def refined(fusion, entry: list) -> list:
     return [sockets.pack(condition, sockets.REFINED), entry[1]]
 
 
+def refined_part(fusion, entry: list, kinds: tuple[str, ...] | None) -> list:
+    """These kinds of tokens of a pooled entry (None: all), refined by themselves.
+
+    Remembered for as long as the entry's tokens live, so that another schedule over them refines nothing again.
+    """
+    parts = _PARTS.setdefault(entry[0], {})
+    key = kinds, id(fusion.refiner)
+    if key not in parts or parts[key][0]() is not fusion.refiner:  # an id may come back
+        selected = entry if kinds is None else sockets.select(entry, kinds)
+        parts[key] = weakref.ref(fusion.refiner), refined(fusion, selected)
+    return parts[key][1]
+
+
+_PARTS = WeakTensorKeyDictionary()
+
+
 def to_pil(batch: torch.Tensor) -> list[Image.Image]:
     """IMAGE [B, H, W, 3] in 0..1 → pictures; a fourth channel counts as alpha over white."""
     pixels = batch.detach().float().cpu()
@@ -231,6 +256,7 @@ def _stream(most: int):
         nonlocal done
         done += 1
         bar.update_absolute(done)
+        throw_exception_if_processing_interrupted()  # the bar asks only every tenth of a second
         if context is not None and server is not None:
             server.send_progress_text(text, context.node_id)
 

@@ -9,6 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from . import sockets
+from .limits import within_limits
 
 CATEGORY = "UniFusion/inspect"
 FIGURES = ("layer weights", "attention norms", "layer similarity", "dropout effect")
@@ -32,6 +33,7 @@ class LayerInspector(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(cls, fusion, hidden, figure) -> io.NodeOutput:
         from ..unifusion_core.evaluation.figures import figure as draw
         from ..unifusion_core.fusion import check_vlm
@@ -62,6 +64,7 @@ class LayerDropout(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(cls, fusion, layers) -> io.NodeOutput:
         return io.NodeOutput(fusion.without(dropped(layers, fusion.spec.layers)))
 

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from . import sockets
 from .files import EMBEDDED_MODELS, EMBEDDED_VLM, list_models, list_vlms, model_path, stamp, vlm_path
+from .limits import within_limits
 
 CATEGORY = "UniFusion/loaders"
 DTYPES = {"default": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,6 +39,7 @@ class LoadVLM(io.ComfyNode):
         return stamp(vlm_path(vlm))
 
     @classmethod
+    @within_limits
     def execute(cls, vlm: str) -> io.NodeOutput:
         from .weights import load_vlm
 
@@ -81,6 +83,7 @@ class LoadModel(io.ComfyNode):
         return stamp(model_path(model))
 
     @classmethod
+    @within_limits
     def execute(cls, model: str, dtype: str = "default") -> io.NodeOutput:
         from .weights import load_model
 
@@ -109,6 +112,7 @@ class LoadLoRA(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(cls, model, lora: str, strength: float) -> io.NodeOutput:
         from .weights import apply_lora
 

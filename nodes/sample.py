@@ -10,6 +10,7 @@ import torch
 from comfy_api.latest import io
 
 from ..unifusion_core.diffusion.flow import timesteps
+from .limits import within_limits
 
 CATEGORY = "UniFusion/sampling"
 MAX_SIDE, SEED_MAX = 4096, 2**64 - 1
@@ -38,6 +39,7 @@ class EmptyLatent(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(cls, model, width, height, batch_size=1) -> io.NodeOutput:
         form = model.get_model_object("latent_format")
         ratio = form.spacial_downscale_ratio
@@ -99,6 +101,7 @@ class Sampler(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(
         cls, model, positive, latent_image, seed, steps, guidance, sampler, scheduler, denoise=1.0, negative=None
     ) -> io.NodeOutput:
@@ -143,6 +146,7 @@ class VAEDecode(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(cls, vae, samples) -> io.NodeOutput:
         latents = samples["samples"]
         if latents.shape[1] != vae.latent_channels:

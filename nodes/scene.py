@@ -9,7 +9,11 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
+from .limits import within_limits
+
 CATEGORY = "UniFusion/micro-world"
+LONGEST = 2000  # characters of a caption; sixteen things take 700
+GRIDS = ((2, 2), (2, 3), (3, 2), (3, 3), (4, 4))  # rows and columns of 32 px
 DEFAULT = "two shapes on a white background : a large red heart at top-left , a small blue star at bottom-right"
 
 
@@ -31,6 +35,7 @@ class MicroScene(io.ComfyNode):
                     default=0,
                     min=0,
                     max=2**32 - 1,
+                    control_after_generate=False,
                     tooltip="Of what the caption leaves open: shade, turn, marks.",
                 ),
             ],
@@ -38,14 +43,32 @@ class MicroScene(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(cls, caption, seed=0) -> io.NodeOutput:
         from ..unifusion_core.microworld.caption import parse_caption
         from ..unifusion_core.microworld.render import render_array
         from ..unifusion_core.microworld.scene import sample_detail
 
-        scene, rng = parse_caption(caption), Random(seed)
+        scene, rng = _parsed(caption, parse_caption), Random(seed)
         scene = scene.with_things([replace(thing, detail=sample_detail(rng)) for thing in scene.things])
         return io.NodeOutput(torch.from_numpy(np.asarray(render_array(scene), dtype=np.float32) / 255)[None])
+
+
+def _parsed(caption: str, parse):
+    """The scene on the smallest canvas that has its places.
+
+    Raises:
+        ValueError: why it fits not even the default one.
+    """
+    if len(caption) > LONGEST:
+        raise ValueError(f"the caption has {len(caption)} characters; at most {LONGEST} are accepted")
+    refused = None
+    for grid in GRIDS:
+        try:
+            return parse(caption, *grid)
+        except ValueError as error:
+            refused = refused or error
+    raise refused
 
 
 NODES = [MicroScene]

@@ -8,7 +8,8 @@ from comfy_api.latest import io
 
 from ..unifusion_core.diffusion.schedule import Schedule, parse_schedule, resolve
 from . import sockets, stepping
-from .encode import refined
+from .encode import refined_part
+from .limits import within_limits
 
 CATEGORY = "UniFusion/schedule"
 NAMES = ("a", "b", "c", "d", "e", "f", "g", "h")
@@ -85,6 +86,7 @@ class ScheduleNode(io.ComfyNode):
         return True
 
     @classmethod
+    @within_limits
     def execute(cls, conditionings, schedule, fade="prediction", preview_steps=20, fusion=None) -> io.NodeOutput:
         given = {name: value for name, value in (conditionings or {}).items() if value is not None}
         if not given:
@@ -116,6 +118,7 @@ class ScheduleModel(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(cls, model) -> io.NodeOutput:
         model = model.clone()
         stepping.attach(model)
@@ -140,6 +143,7 @@ class ScheduleToRanges(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(cls, conditioning, steps) -> io.NodeOutput:
         return io.NodeOutput([part for entry in conditioning for part in _ranges(entry, steps)])
 
@@ -173,18 +177,18 @@ def _track(conditioning: list, kinds: tuple[str, ...] | None, name: str, fusion)
     if sockets.KEY not in entry[1]:
         return entry  # another model's conditioning
     whole = {span.kind for row in entry[1][sockets.KEY]["spans"] for span in row}
-    if kinds is not None and whole - set(kinds):
-        if not sockets.is_pooled(entry[0]):
-            raise ValueError(
-                f"track {name!r} is part of a conditioning that is refined as a whole: connect UniFusion LAP Encode's "
-                "output and fusion here, or select the tokens before UniFusion Refine"
-            )
-        entry = sockets.select(entry, kinds)
+    if kinds is not None and not whole - set(kinds):
+        kinds = None
     if not sockets.is_pooled(entry[0]):
-        return entry
+        if kinds is None:
+            return entry
+        raise ValueError(
+            f"track {name!r} is part of a conditioning that is refined as a whole: connect UniFusion LAP Encode's "
+            "output and fusion here, or select the tokens before UniFusion Refine"
+        )
     if fusion is None:
         raise ValueError(f"track {name!r} is pooled but not refined: connect fusion of UniFusion Load Model")
-    return refined(fusion, entry)
+    return refined_part(fusion, entry, kinds)
 
 
 def _check_lengths(plan: Schedule, tracks: dict[str, list]) -> None:
@@ -202,9 +206,14 @@ def _ranges(entry: list, steps: int) -> list[list]:
     tensor, words = entry
     if stepping.SCHEDULE not in words:
         return [entry]
+    plan, tokens = words[stepping.SCHEDULE], words[stepping.FADE] == "tokens"
+    for segment in plan.segments:
+        if segment.axis == "sigma":
+            raise ValueError(f"segment '{segment}' is on the sigma axis; core's ranges count steps: write it in steps")
+        if tokens and segment.fade:
+            raise ValueError("a fade of tokens has no counterpart in core's ranges; set fade to prediction")
     plain = {key: value for key, value in words.items() if not key.startswith("unifusion_")}
-    even = [1 - step / steps for step in range(steps + 1)]
-    weights = [dict(mix).get(words[stepping.TRACK], 0.0) for mix in resolve(words[stepping.SCHEDULE], steps, even)]
+    weights = [dict(mix).get(words[stepping.TRACK], 0.0) for mix in resolve(plan, steps)]
     runs, start = [], 0
     for step in range(1, steps + 1):
         if step == steps or weights[step] != weights[start]:

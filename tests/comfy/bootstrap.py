@@ -17,17 +17,20 @@ class Pack:
     Attributes:
         core_modules: names in sys.modules before the pack was loaded.
         import_s: seconds that loading it took.
+        connections: what it asked of the network meanwhile.
     """
 
     def __init__(self, path: str):
         import nodes
 
-        self.path, self.core = path, nodes
-        self.core_modules = frozenset(sys.modules)
+        self.path, self.core, self._listening = path, nodes, True
+        self.core_modules, self.connections = frozenset(sys.modules), []
+        sys.addaudithook(self._listen)
         start = time.perf_counter()
         if not asyncio.run(nodes.load_custom_node(path)):
             raise ImportError(f"ComfyUI could not load {path}")
         self.import_s = time.perf_counter() - start
+        self._listening = False
 
     def module(self, name: str):
         """A module of the pack, as `nodes.sockets` or `unifusion_core.pipeline`."""
@@ -46,6 +49,10 @@ class Pack:
     def load_core_extras(self) -> None:
         """The nodes of comfy_extras (SamplerCustomAdvanced, ModelMergeSimple …), which take seconds."""
         asyncio.run(self.core.init_builtin_extra_nodes())
+
+    def _listen(self, event: str, args: tuple) -> None:
+        if self._listening and event in ("socket.connect", "socket.getaddrinfo", "urllib.Request"):
+            self.connections.append(f"{event} {args}")
 
 
 def main() -> None:

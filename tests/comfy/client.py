@@ -60,7 +60,7 @@ class Result:
         return [value for name, value, _ in self.progress if name == _name(node)]
 
     def check(self) -> Result:
-        assert self.status == "success", f"{self.status}: {self.errors}"
+        assert self.status == "success" and not self.errors, f"{self.status}: {self.errors}"
         return self
 
 
@@ -78,22 +78,27 @@ class Client:
         """Queues a Graph (or API prompt) and waits for its end, calling `on_event` on the way.
 
         Raises:
-            TimeoutError: it did not end in time; the job was interrupted.
-            ConnectionError: the server went away, or answered neither 200 nor 400.
+            TimeoutError: it did not end in time; the server was started anew.
+            ConnectionError: the server went away (and was started anew), or answered neither 200 nor 400.
         """
         prompt = graph.api() if hasattr(graph, "api") else graph
         start, me = time.monotonic(), uuid.uuid4().hex
         result = Result(client=self)
-        socket = websocket.create_connection(f"ws://{self.server.address}/ws?clientId={me}", timeout=HTTP_S)
+        socket = self._listen(me)
         try:
             status, answer = self._post("/prompt", {"prompt": prompt, "client_id": me})
+            _note_refusals(result, answer)
             if status == 400:
-                _refuse(result, answer)
+                result.status = "refused"
             else:
                 self._follow(socket, answer["prompt_id"], result, on_event, start + deadline)
                 result.outputs = self.history(answer["prompt_id"])["outputs"]
-        except websocket.WebSocketConnectionClosedException as err:
-            raise ConnectionError(f"the server went away; {self.server.tail()}") from err
+        except (TimeoutError, websocket.WebSocketException, ConnectionResetError) as err:
+            said = self.server.tail()
+            self.server.restart()
+            if isinstance(err, (TimeoutError, websocket.WebSocketTimeoutException)):
+                raise TimeoutError(f"the job did not end in {deadline} s: {result}; {said}") from None
+            raise ConnectionError(f"the server went away: {result}; {said}") from None
         finally:
             socket.close()
         result.seconds = time.monotonic() - start
@@ -113,13 +118,17 @@ class Client:
     def object_info(self, kind: str = "") -> dict:
         return self._get(f"/object_info/{kind}" if kind else "/object_info")
 
-    def text(self, path: str) -> str:
+    def bytes(self, path: str) -> bytes:
         """The body of any address of the server."""
-        return self._read(path).decode()
+        with urlopen(self._url(path), timeout=HTTP_S) as answer:
+            return answer.read()
+
+    def text(self, path: str) -> str:
+        return self.bytes(path).decode()
 
     def image(self, entry: dict[str, str]) -> np.ndarray:
         """{"filename", "subfolder", "type"} → [H, W, 3] uint8."""
-        with Image.open(io.BytesIO(self._read(f"/view?{urlencode(entry)}"))) as picture:
+        with Image.open(io.BytesIO(self.bytes(f"/view?{urlencode(entry)}"))) as picture:
             return np.asarray(picture.convert("RGB"))
 
     def upload_image(self, pixels: np.ndarray, name: str) -> str:
@@ -133,15 +142,13 @@ class Client:
         with urlopen(request, timeout=HTTP_S) as answer:
             return json.load(answer)["name"]
 
+    def _listen(self, me: str) -> websocket.WebSocket:
+        return websocket.create_connection(f"ws://{self.server.address}/ws?clientId={me}", timeout=HTTP_S)
+
     def _follow(self, socket, prompt_id: str, result: Result, on_event, limit: float) -> None:
         while True:
-            left = limit - time.monotonic()
-            try:
-                socket.settimeout(max(left, 0.01))
-                event = _read_event(socket.recv(), prompt_id)
-            except websocket.WebSocketTimeoutException as err:
-                self.interrupt()
-                raise TimeoutError(f"the job did not end in time: {result}; {self.server.tail()}") from err
+            socket.settimeout(max(limit - time.monotonic(), 0.01))
+            event = _read_event(socket.recv(), prompt_id)
             if event is None:
                 continue
             _note(result, event)
@@ -153,12 +160,8 @@ class Client:
     def _url(self, path: str) -> str:
         return f"http://{self.server.address}{path}"
 
-    def _read(self, path: str) -> bytes:
-        with urlopen(self._url(path), timeout=HTTP_S) as answer:
-            return answer.read()
-
     def _get(self, path: str) -> Any:
-        return json.loads(self._read(path))
+        return json.loads(self.bytes(path))
 
     def _post(self, path: str, data: dict) -> tuple[int, dict]:
         request = Request(self._url(path), json.dumps(data).encode(), {"Content-Type": "application/json"})
@@ -176,13 +179,13 @@ def _name(node: Any) -> str:
     return getattr(node, "name", node)
 
 
-def _refuse(result: Result, answer: dict) -> None:
-    result.status = "refused"
+def _note_refusals(result: Result, answer: dict) -> None:
+    """A job is queued if only some of its outputs are refused."""
     for node, found in answer["node_errors"].items():
         said = [f"{error['message']}: {error['details']}" for error in found["errors"]]
         result.errors[node] = "\n".join(said)
         result.error_types[node] = found["errors"][0]["type"]
-    if not result.errors:
+    if "error" in answer and not result.errors:
         result.errors[""] = answer["error"]["message"]
         result.error_types[""] = answer["error"]["type"]
 

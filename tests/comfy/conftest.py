@@ -6,7 +6,7 @@ import pytest
 
 from .client import Client
 from .in_comfy import run_in_comfy as run_script
-from .server import find_comfy, make_base, running
+from .server import Server, find_comfy, make_base
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,7 @@ def comfy():
 @pytest.fixture(scope="session")
 def server(comfy, tmp_path_factory):
     """One server for the whole session; `server.base` is its base directory."""
-    with running(comfy, make_base(tmp_path_factory.mktemp("comfy") / "base")) as started:
+    with Server(comfy, make_base(tmp_path_factory.mktemp("comfy") / "base")) as started:
         yield started
 
 

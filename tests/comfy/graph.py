@@ -5,7 +5,27 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
-CAPTION = "one shape on a white background : a large red circle at top-center"
+NODE_IDS = (  # ids never change
+    "UniFusionLoadVLM",
+    "UniFusionLoadModel",
+    "UniFusionLoadLoRA",
+    "UniFusionRewrite",
+    "UniFusionLAPEncode",
+    "UniFusionRefine",
+    "UniFusionEmptyConditioning",
+    "UniFusionSelectTokens",
+    "UniFusionMixConditioning",
+    "UniFusionSchedule",
+    "UniFusionScheduleModel",
+    "UniFusionScheduleToRanges",
+    "UniFusionEmptyLatent",
+    "UniFusionSampler",
+    "UniFusionVAEDecode",
+    "UniFusionLayerInspector",
+    "UniFusionLayerDropout",
+    "UniFusionMicroScene",
+)
+CAPTION = "one shape on a white background : a large red circle at top-left"
 
 
 class Node:
@@ -50,7 +70,8 @@ def upstream(prompt: dict[str, dict], *names: str) -> dict[str, dict]:
         name = waiting.pop()
         if name in prompt and name not in kept:
             kept[name] = prompt[name]
-            waiting += [value[0] for value in prompt[name]["inputs"].values() if isinstance(value, list)]
+            links = (value for value in prompt[name]["inputs"].values() if isinstance(value, list) and value)
+            waiting += [link[0] for link in links if isinstance(link[0], str)]
     return {name: prompt[name] for name in prompt if name in kept}
 
 
@@ -64,9 +85,10 @@ def text_to_image(graph: Graph, prompt: str = CAPTION, size: int = 64, **samplin
     box["rewrite"] = graph.add(
         "UniFusionRewrite", vlm=box["vlm"], prompt=prompt, max_tiles=9, sampling="greedy", max_new_tokens=128
     )
-    box["lap"] = graph.add("UniFusionLAPEncode", fusion=box["model"][1], hidden=box["rewrite"])
-    box["positive"] = graph.add("UniFusionRefine", fusion=box["model"][1], conditioning=box["lap"])
-    box["negative"] = graph.add("UniFusionEmptyConditioning", vlm=box["vlm"], fusion=box["model"][1])
+    fusion = box["model"][1]
+    box["lap"] = graph.add("UniFusionLAPEncode", fusion=fusion, hidden=box["rewrite"], tokens="image + rewrite")
+    box["positive"] = graph.add("UniFusionRefine", fusion=fusion, conditioning=box["lap"])
+    box["negative"] = graph.add("UniFusionEmptyConditioning", vlm=box["vlm"], fusion=fusion)
     box["latent"] = graph.add("UniFusionEmptyLatent", model=box["model"], width=size, height=size, batch_size=1)
     box["sampler"] = graph.add(
         "KSampler",
@@ -86,4 +108,68 @@ def text_to_image(graph: Graph, prompt: str = CAPTION, size: int = 64, **samplin
     )
     box["decode"] = graph.add("VAEDecode", samples=box["sampler"], vae=box["model"][2])
     box["picture"] = graph.add("PreviewImage", images=box["decode"])
+    return box
+
+
+def every_node(graph: Graph, lora: str) -> dict[str, Node]:
+    """Adds one box of every node of the pack, joined into a job that runs; the boxes by node id."""
+    box = {}
+
+    def add(kind: str, **inputs: Any) -> None:
+        box[kind] = graph.add(kind, **inputs)
+
+    add("UniFusionMicroScene", caption=CAPTION, seed=1)
+    add("UniFusionLoadVLM", vlm="micro (embedded)")
+    add("UniFusionLoadModel", model="micro (embedded)", dtype="default")
+    vlm, model = box["UniFusionLoadVLM"], box["UniFusionLoadModel"]
+    add("UniFusionLoadLoRA", model=model, lora=lora, strength=1.0)
+    add(
+        "UniFusionRewrite",
+        vlm=vlm,
+        prompt="make the circle blue",
+        max_tiles=4,
+        sampling="random",
+        max_new_tokens=24,
+        text="",
+        system_prompt="",
+        **{"images.image0": box["UniFusionMicroScene"]},
+        **{"sampling.temperature": 0.7, "sampling.top_p": 0.9, "sampling.seed": 1},
+    )
+    hidden = box["UniFusionRewrite"]
+    add("UniFusionLayerDropout", fusion=model[1], layers="")
+    add("UniFusionLayerInspector", fusion=model[1], hidden=hidden, figure="layer weights")
+    add("UniFusionLAPEncode", fusion=box["UniFusionLayerDropout"], hidden=hidden, tokens="image + rewrite")
+    pooled = box["UniFusionLAPEncode"]
+    add("UniFusionSelectTokens", conditioning=pooled, kinds="image + rewrite", image=-1, tile=-1)
+    add("UniFusionRefine", fusion=model[1], conditioning=box["UniFusionSelectTokens"])
+    add("UniFusionEmptyConditioning", vlm=vlm, fusion=model[1])
+    negative = box["UniFusionEmptyConditioning"]
+    mix = {"mode": "prediction", "mode.weight": 0.5}
+    add("UniFusionMixConditioning", a=box["UniFusionRefine"], b=negative, **mix)
+    add(
+        "UniFusionSchedule",
+        schedule="image:0-0.5, text:0.5-1",
+        fade="prediction",
+        preview_steps=20,
+        fusion=model[1],
+        **{"conditionings.a": pooled},
+    )
+    scheduled = box["UniFusionSchedule"]
+    add("UniFusionScheduleToRanges", conditioning=scheduled, steps=4)
+    add("UniFusionScheduleModel", model=box["UniFusionLoadLoRA"])
+    add("UniFusionEmptyLatent", model=model, width=64, height=64, batch_size=1)
+    add(
+        "UniFusionSampler",
+        model=box["UniFusionScheduleModel"],
+        positive=scheduled,
+        negative=negative,
+        latent_image=box["UniFusionEmptyLatent"],
+        seed=3,
+        steps=2,
+        guidance=3.0,
+        sampler="euler",
+        scheduler="flow",
+        denoise=1.0,
+    )
+    add("UniFusionVAEDecode", vae=model[2], samples=box["UniFusionSampler"])
     return box

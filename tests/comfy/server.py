@@ -11,18 +11,20 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
+
+if sys.platform == "linux":
+    import resource
 
 REPO = Path(__file__).parents[2]
 PACK = "UniFusion"
 MODEL_FOLDERS = ("checkpoints", "diffusion_models", "loras", "text_encoders", "unifusion", "vae", "vlm")
 READY_S = 300
 STOP_S = 30
+MOST_MEMORY = 12 * 2**30  # of address space
 
 
 @dataclass(frozen=True)
@@ -67,48 +69,71 @@ def environment() -> dict[str, str]:
 
 
 class Server:
-    """A running ComfyUI."""
+    """A ComfyUI over `base`: `with Server(comfy, make_base(folder)) as server`."""
 
-    def __init__(self, process: subprocess.Popen, port: int, base: Path, log: Path):
-        self.process, self.port, self.base, self.log = process, port, base, log
-        self.address = f"127.0.0.1:{port}"
+    def __init__(self, comfy: Comfy, base: Path, *extra: str):
+        self.base, self.log, self.port = base, base / "server.log", _free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self._command = [str(comfy.python), str(comfy.path / "main.py"), *arguments(base), "--port", str(self.port)]
+        self._command += ["--disable-auto-launch", "--preview-method", "latent2rgb", *extra]
+        self.process: subprocess.Popen | None = None
+
+    def __enter__(self) -> Server:
+        """Returns once it answers, or ends it and says why it does not."""
+        with self.log.open("ab") as out:
+            self.process = subprocess.Popen(
+                self._command,
+                cwd=self.base,
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                preexec_fn=_bounds if sys.platform == "linux" else None,
+            )
+        try:
+            self._wait()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(STOP_S)
+
+    def restart(self) -> None:
+        """After a hang or a crash, so that the next test does not suffer from it."""
+        self.__exit__()
+        self.__enter__()
 
     @property
     def alive(self) -> bool:
         return self.process.poll() is None
 
-    def tail(self, lines: int = 60) -> str:
+    def tail(self, lines: int = 40) -> str:
         text = self.log.read_text(encoding="utf-8", errors="replace")
-        return "\n".join(["last lines of the server's log:", *text.splitlines()[-lines:]])
+        return "\n".join(["last lines of the server's log:", *(line[:300] for line in text.splitlines()[-lines:])])
 
     def memory(self) -> int:
         """Resident bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:")) * 1024
 
-
-@contextmanager
-def running(comfy: Comfy, base: Path, *extra: str) -> Iterator[Server]:
-    """Starts a server over `base`, waits until it answers, and ends it however the block ends."""
-    port, log = _free_port(), base / "server.log"
-    command = [str(comfy.python), str(comfy.path / "main.py"), *arguments(base), "--port", str(port)]
-    command += ["--disable-auto-launch", "--preview-method", "latent2rgb", *extra]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command,
-            cwd=base,
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-        )
-    server = Server(process, port, base, log)
-    try:
-        _wait(server)
-        yield server
-    finally:
-        _stop(process)
+    def _wait(self) -> None:
+        limit = time.monotonic() + READY_S
+        while time.monotonic() < limit:
+            if not self.alive:
+                raise RuntimeError(f"ComfyUI ended with {self.process.returncode} before it answered; {self.tail()}")
+            try:
+                with urlopen(f"http://{self.address}/system_stats", timeout=5):
+                    return
+            except (URLError, ConnectionError, TimeoutError):
+                time.sleep(0.2)
+        raise TimeoutError(f"ComfyUI did not answer within {READY_S} s; {self.tail()}")
 
 
 def write_tensors(path: Path, tensors: dict[str, tuple[tuple[int, ...], list[float]]]) -> None:
@@ -133,28 +158,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _wait(server: Server) -> None:
-    limit = time.monotonic() + READY_S
-    while time.monotonic() < limit:
-        if not server.alive:
-            raise RuntimeError(f"ComfyUI ended with {server.process.returncode} before it answered; {server.tail()}")
-        try:
-            with urlopen(f"http://{server.address}/system_stats", timeout=5):
-                return
-        except (URLError, ConnectionError, TimeoutError):
-            time.sleep(0.2)
-    raise TimeoutError(f"ComfyUI did not answer within {READY_S} s; {server.tail()}")
-
-
-def _stop(process: subprocess.Popen) -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait(STOP_S)
-
-
-def _end_with_parent() -> None:
-    """Linux ends the server even where pytest itself is killed."""
+def _bounds() -> None:
+    """On Linux: the server ends with the thread that started it, and cannot take the machine's memory."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))

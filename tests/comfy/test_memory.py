@@ -27,3 +27,7 @@ def test_unload_models_frees_both(facts):
 
 def test_the_states_are_the_same_afterwards(facts):
     assert facts["the same afterwards"] == 0
+
+
+def test_another_schedule_refines_nothing_again(facts):
+    assert facts["refiner runs for three schedules"] == 2

@@ -44,10 +44,21 @@ class Setting:
             "UniFusionSchedule", conditionings=tracks, schedule=text, fade=fade, preview_steps=20, fusion=self.fusion
         )[0]
 
-    def sample(self, positive, model=None, latent=None, steps=4, sampler="euler", scheduler="simple", cfg=2.5, denoise=1.0):
+    def sample(
+        self, positive, model=None, latent=None, steps=4, sampler="euler", scheduler="simple", cfg=2.5, denoise=1.0
+    ):
         with torch.inference_mode():
             (out,) = self.pack.core.KSampler().sample(
-                model or self.model, 3, steps, cfg, sampler, scheduler, positive, self.negative, latent or self.latent, denoise
+                model or self.model,
+                3,
+                steps,
+                cfg,
+                sampler,
+                scheduler,
+                positive,
+                self.negative,
+                latent or self.latent,
+                denoise,
             )
         return out["samples"]
 

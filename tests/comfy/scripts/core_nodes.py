@@ -69,18 +69,26 @@ def conditionings(setting) -> dict:
     run, sample, image, text = setting.run, setting.sample, setting.image, setting.text
     (joined,) = run("ConditioningConcat", conditioning_to=image, conditioning_from=text)
     (mixed,) = run("UniFusionMixConditioning", a=image, b=text, mode={"mode": "concatenate"})
-    (shorter,) = run("ConditioningAverage", conditioning_to=text, conditioning_from=setting.negative, conditioning_to_strength=1.0)
-    (padded,) = run("ConditioningAverage", conditioning_to=text, conditioning_from=setting.negative, conditioning_to_strength=0.5)
+    (shorter,) = run(
+        "ConditioningAverage", conditioning_to=text, conditioning_from=setting.negative, conditioning_to_strength=1.0
+    )
+    (padded,) = run(
+        "ConditioningAverage", conditioning_to=text, conditioning_from=setting.negative, conditioning_to_strength=0.5
+    )
     (halves,) = run("UniFusionMixConditioning", a=image, b=text, mode={"mode": "prediction", "weight": 0.5})
     (combined,) = run("ConditioningCombine", conditioning_1=image, conditioning_2=text)
-    (masked,) = run("ConditioningSetMask", conditioning=text, mask=torch.ones(1, 64, 64), strength=1.0, set_cond_area="default")
+    (masked,) = run(
+        "ConditioningSetMask", conditioning=text, mask=torch.ones(1, 64, 64), strength=1.0, set_cond_area="default"
+    )
     (ranged,) = run("ConditioningSetTimestepRange", conditioning=text, start=0.0, end=1.0)
     (averaged,) = run("UniFusionMixConditioning", a=image, b=image, mode={"mode": "average", "weight": 0.3})
     (none,) = run("ConditioningZeroOut", conditioning=text)
     unpack = setting.pack.module("nodes.sockets").unpack
     return {
         "Concat equals ours": worst(sample(joined), sample(mixed)),
-        "Concat keeps the picture's places": worst(unpack(joined[0][0]).positions[:, :16], unpack(image[0][0]).positions),
+        "Concat keeps the picture's places": worst(
+            unpack(joined[0][0]).positions[:, :16], unpack(image[0][0]).positions
+        ),
         "Average at 1": worst(sample(shorter), sample(text)),
         "Average is finite": bool(torch.isfinite(sample(padded)).all()),
         "Combine equals prediction halves": worst(sample(combined), sample(halves)),

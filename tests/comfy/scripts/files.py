@@ -23,7 +23,12 @@ def main(pack, weights: str) -> dict:
     (models / "vlm" / "qwen").mkdir(parents=True)
     (models / "vlm" / "qwen" / "config.json").write_text("{}")
     refused = {}
-    for name in ("../../etc/passwd", "unifusion/../mine/base.safetensors", "/etc/passwd", "unifusion/nothing.safetensors"):
+    for name in (
+        "../../etc/passwd",
+        "unifusion/../mine/base.safetensors",
+        "/etc/passwd",
+        "unifusion/nothing.safetensors",
+    ):
         try:
             files.model_path(name)
         except ValueError as error:

@@ -58,7 +58,19 @@ def main(pack) -> dict:
     facts["an unwrapped one does not"] = worst(sample(scheduled, foreign, steps=20), base)
     with torch.inference_mode():
         first = pack.core.KSamplerAdvanced().sample(
-            setting.model, "enable", 3, 20, 2.5, "euler", "simple", scheduled, setting.negative, setting.latent, 0, 20, "disable"
+            setting.model,
+            "enable",
+            3,
+            20,
+            2.5,
+            "euler",
+            "simple",
+            scheduled,
+            setting.negative,
+            setting.latent,
+            0,
+            20,
+            "disable",
         )[0]["samples"]
     facts["KSamplerAdvanced over all steps"] = worst(first, base)
     facts["advanced"] = image_steps_advanced(setting, scheduled)
@@ -131,7 +143,19 @@ def image_steps_advanced(setting, positive) -> list:
 
         with torch.inference_mode():
             setting.pack.core.KSamplerAdvanced().sample(
-                model, "enable", 3, 20, cfg, sampler, scheduler, positive, setting.negative, setting.latent, 4, 14, "enable"
+                model,
+                "enable",
+                3,
+                20,
+                cfg,
+                sampler,
+                scheduler,
+                positive,
+                setting.negative,
+                setting.latent,
+                4,
+                14,
+                "enable",
             )
 
     setting.sample = advanced

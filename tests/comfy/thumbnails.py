@@ -1,0 +1,80 @@
+"""Thumbnails of workflows, put together from the pictures that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .canvas import Page
+from .client import Client
+from .ui_to_api import to_api
+
+SIDE, MARGIN, GAP, WORD = 480, 18, 12, 24  # px; WORD is the height of a label
+BACKDROP, INK, FRAME = (246, 245, 241), (60, 60, 60), (205, 203, 196)
+
+Cell = tuple[Image.Image, str]
+
+
+def pictures(client: Client, page: Page, workflow: Mapping[str, Any]) -> list[list[Cell]]:
+    """Runs the workflow; the pictures its thumbnail shows, with their labels, in rows."""
+    prompt = to_api(workflow, page.infos)
+    for row in page.thumbnail:
+        for one in row:
+            prompt[f"look{one.box.id}"] = {"class_type": "PreviewImage", "inputs": {"images": [str(one.box.id), 0]}}
+    result = client.run(prompt).check()
+    return [
+        [
+            (Image.fromarray(pixels), one.label if index == 0 else "")
+            for one in row
+            for index, pixels in enumerate(result.images(f"look{one.box.id}"))
+        ]
+        for row in page.thumbnail
+    ]
+
+
+def compose(rows: Sequence[Sequence[Cell]]) -> Image.Image:
+    """A square with the pictures as large as they can be, in rows."""
+    sheet = Image.new("RGB", (SIDE, SIDE), BACKDROP)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=17)
+    words = [WORD if any(label for _, label in row) else 0 for row in rows]
+    room = SIDE - 2 * MARGIN - sum(words) - GAP * (len(rows) - 1)
+    heights = _heights(rows, room)
+    y = (SIDE - sum(heights) - sum(words) - GAP * (len(rows) - 1)) / 2
+    for row, height, word in zip(rows, heights, words, strict=True):
+        widths = [height * picture.width / picture.height for picture, _ in row]
+        x = (SIDE - sum(widths) - GAP * (len(row) - 1)) / 2
+        for (picture, label), width in zip(row, widths, strict=True):
+            size = round(width), round(height)
+            sheet.paste(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS), (round(x), round(y)))
+            draw.rectangle((round(x) - 1, round(y) - 1, round(x) + size[0], round(y) + size[1]), outline=FRAME)
+            if label and all(not other for _, other in row[1:]) and len(row) > 1:
+                draw.text((SIDE / 2, y + height + 3), label, INK, font, anchor="ma")
+            else:
+                draw.text((x + width / 2, y + height + 3), label, INK, font, anchor="ma")
+            x += width + GAP
+        y += height + word + GAP
+    return sheet
+
+
+def contact_sheet(files: Sequence[Path], columns: int = 4) -> Image.Image:
+    thumbnails = [Image.open(file) for file in files]
+    rows = -(-len(thumbnails) // columns)
+    sheet = Image.new("RGB", (columns * (SIDE + GAP), rows * (SIDE + GAP)), "white")
+    for index, thumbnail in enumerate(thumbnails):
+        sheet.paste(thumbnail, (index % columns * (SIDE + GAP), index // columns * (SIDE + GAP)))
+    return sheet
+
+
+def _heights(rows: Sequence[Sequence[Cell]], room: float) -> list[float]:
+    """As high as the width allows, then shrunk together to the height that there is."""
+    wide = [
+        (SIDE - 2 * MARGIN - GAP * (len(row) - 1)) / sum(picture.width / picture.height for picture, _ in row)
+        for row in rows
+    ]
+    least = room / len(rows)
+    capped = np.minimum(wide, max(least, room - sum(min(least, one) for one in sorted(wide)[:-1])))
+    return list(capped * min(1.0, room / capped.sum()))
