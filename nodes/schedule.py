@@ -61,7 +61,6 @@ class ScheduleNode(io.ComfyNode):
                     default=20,
                     min=1,
                     max=1000,
-                    advanced=True,
                     tooltip="Steps that the timeline draws; the sampler decides how many there are.",
                 ),
                 sockets.Fusion.Input(

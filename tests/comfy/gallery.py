@@ -11,9 +11,9 @@ from .canvas import Block, Box, Link, Page, Picture
 
 MICRO, BASE = "micro (embedded)", "micro-base (embedded, stage 1)"
 STEPS, GUIDANCE = 20, 2.5
-ENLARGE = 5.0
+ENLARGE, FURTHER = 4.0, 5.0
 RESULT = (360, 390)  # px of a box that shows a picture
-LOOK = (300, 330)
+LOOK = (290, 310)
 REWRITE = (400, 470)
 
 STAR_AND_HEART = "a large yellow star at top-left and a small red heart at bottom-right on a black background"
@@ -129,7 +129,7 @@ def zero_shot_edit(page: Page) -> None:
         plan = _schedule(page, text, {"a": words.pooled}, fusion=models.fusion)
         drawn = _drawn(page, models, plan, seed=1, title=f"Sample: {title}")
         lanes.append((title, plan, drawn))
-    page.stack(*(Block(title.capitalize(), "picture", [[plan], *_columns(drawn)]) for title, plan, drawn in lanes))
+    page.stack(*(Block(_capital(title), "picture", [[plan], *_columns(drawn)]) for title, plan, drawn in lanes))
     page.thumbnail = [[Picture(source.scene, "source")], [Picture(drawn.decode, title) for title, _, drawn in lanes]]
 
 
@@ -147,8 +147,8 @@ def multi_reference(page: Page) -> None:
         "beige background : a large yellow star at top-left",
         "gray background : a large blue circle at bottom-right",
     )
-    one = _scene(page, f"one shape on a {captions[0]}", seed=3, title="Image one")
-    two = _scene(page, f"one shape on a {captions[1]}", seed=5, title="Image two")
+    one = _scene(page, f"one shape on a {captions[0]}", seed=3, title="Image one", wide=True)
+    two = _scene(page, f"one shape on a {captions[1]}", seed=5, title="Image two", wide=True)
     prompt = "combine the star from image one with the circle from image two"
     words = _words(page, models, prompt, images=[one.scene, two.scene])
     drawn = _drawn(page, models, words.tokens, seed=0, save="multi_reference")
@@ -209,7 +209,7 @@ def cross_fade(page: Page) -> None:
         lanes.append((title, plan, _drawn(page, models, plan, seed=1, title=f"Sample: {title}")))
     alone = _drawn(page, models, one.tokens, seed=1, title="Sample: a alone")
     page.stack(
-        *(Block(title.capitalize(), "picture", [[plan], *_columns(drawn)]) for title, plan, drawn in lanes),
+        *(Block(_capital(title), "picture", [[plan], *_columns(drawn)]) for title, plan, drawn in lanes),
         Block("For comparison: a alone", "look", _columns(alone)),
     )
     page.thumbnail = [
@@ -238,12 +238,7 @@ def mix(page: Page) -> None:
         title = mode if isinstance(mode, str) else mode[0]
         mixed = page.box("UniFusionMixConditioning", a=one.tokens, b=other.tokens, mode=mode)
         lanes.append((title, mixed, _drawn(page, models, mixed, seed=1, title=f"Sample: {title}")))
-    page.stack(
-        *(
-            Block(title.capitalize(), "picture", [[mixed, drawn.sampler, drawn.decode], [drawn.enlarge, drawn.show]])
-            for title, mixed, drawn in lanes
-        )
-    )
+    page.stack(*(Block(_capital(title), "picture", [[mixed], *_columns(drawn)]) for title, mixed, drawn in lanes))
     page.thumbnail = [
         [Picture(drawn.decode, title) for title, _, drawn in lanes[:2]],
         [Picture(lanes[2][2].decode, lanes[2][0])],
@@ -274,11 +269,11 @@ def layer_dropout(page: Page) -> None:
     figures = []
     for name in ("layer weights", "attention norms", "layer similarity", "dropout effect"):
         figure = page.box("UniFusionLayerInspector", fusion=models.fusion, hidden=words.rewrite, figure=name)
-        figures.append([figure, page.box("PreviewImage", name.capitalize(), size=(520, 330), images=figure)])
+        figures.append([figure, page.box("PreviewImage", _capital(name), size=(520, 330), images=figure)])
     page.stack(_words_block("Prompt → condition tokens", words))
     page.stack(
         *(
-            Block(title.capitalize(), "picture", [*([column] if column else []), *_columns(drawn)])
+            Block(_capital(title), "picture", [*([column] if column else []), *_columns(drawn)])
             for title, column, drawn in lanes
         )
     )
@@ -339,7 +334,11 @@ def schedule_three_ways(page: Page) -> None:
     words = _words(page, models, EDIT, refine=False, images=[source.scene])
     plan = _schedule(page, "image:0-0.15, text:0.15-1", {"a": words.pooled}, fusion=models.fusion)
     page.stack(note, models.block)
-    page.stack(source.block, Block("Picture and instruction", "words", [[words.rewrite, words.pooled]]))
+    page.stack(source.block)
+    page.stack(
+        Block("Picture and instruction", "words", [[words.rewrite, words.pooled]]),
+        Block("The schedule", "words", [[plan]]),
+    )
     wrapped = page.box("UniFusionScheduleModel", model=models.model)
     ranges = page.box("UniFusionScheduleToRanges", conditioning=plan, steps=STEPS)
     parts = [_range(page, models, words.pooled, *part) for part in (("image", 0.0, 0.125), ("rewrite", 0.125, 1.0))]
@@ -347,10 +346,9 @@ def schedule_three_ways(page: Page) -> None:
     lanes = [
         ("Schedule for any Model", [[wrapped]], _core_drawn(page, models, plan, 1, wrapped)),
         ("Schedule to Core Ranges", [[ranges]], _core_drawn(page, models, ranges, 1)),
-        ("By hand", [parts[0], [*parts[1], both]], _core_drawn(page, models, both, 1)),
+        ("By hand", [parts[0], parts[1], [both]], _core_drawn(page, models, both, 1)),
     ]
     page.stack(
-        Block("The schedule", "words", [[plan]]),
         *(Block(title, "picture", [*columns, *_columns(drawn)]) for title, columns, drawn in lanes),
     )
     page.thumbnail = [
@@ -474,17 +472,18 @@ def _core_drawn(page: Page, models: Models, positive: Box, seed: int, model: Box
 
 
 def _shown(page: Page, image: Box, save: str = "", enlarge: float = ENLARGE) -> tuple[Box, Box]:
-    large = page.box("ImageScaleBy", "Enlarge", image=image, upscale_method="lanczos", scale_by=enlarge)
+    scale = FURTHER if save else enlarge
+    large = page.box("ImageScaleBy", "Enlarge", image=image, upscale_method="lanczos", scale_by=scale)
     if save:
         return large, page.box("SaveImage", size=RESULT, images=large, filename_prefix=f"UniFusion/{save}")
     return large, page.box("PreviewImage", size=LOOK, images=large)
 
 
-def _scene(page: Page, caption: str, seed: int, title: str = "Source") -> Source:
+def _scene(page: Page, caption: str, seed: int, title: str = "Source", wide: bool = False) -> Source:
     scene = page.box("UniFusionMicroScene", size=(320, 170), caption=caption, seed=seed)
     large = page.box("ImageScaleBy", "Enlarge", image=scene, upscale_method="lanczos", scale_by=4.0)
     show = page.box("PreviewImage", size=(320, 290), images=large)
-    return Source(scene, Block(title, "reference", [[scene, large, show]]))
+    return Source(scene, Block(title, "reference", [[scene, large], [show]] if wide else [[scene, large, show]]))
 
 
 def _range(page: Page, models: Models, pooled: Box, kind: str, start: float, stop: float) -> list[Box]:
@@ -494,9 +493,12 @@ def _range(page: Page, models: Models, pooled: Box, kind: str, start: float, sto
 
 
 def _columns(drawn: Drawn) -> Sequence[Sequence[Box]]:
-    return [drawn.sampler], [drawn.decode, drawn.enlarge, drawn.show]
+    return [drawn.sampler, drawn.decode], [drawn.enlarge, drawn.show]
 
 
 def _lane(title: str, words: Words, drawn: Drawn) -> Block:
-    middle = [words.pooled, words.tokens, drawn.sampler]
-    return Block(title.capitalize(), "words", [[words.rewrite], middle, *_columns(drawn)[1:]])
+    return Block(_capital(title), "words", [[words.rewrite], [words.pooled, words.tokens], *_columns(drawn)])
+
+
+def _capital(title: str) -> str:
+    return title[0].upper() + title[1:]
