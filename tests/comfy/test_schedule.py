@@ -58,3 +58,11 @@ def test_a_share_is_exactly_its_rounded_number_of_steps(facts):
 
 def test_a_part_of_the_steps_is_scheduled_by_its_own_length(facts):
     assert facts["advanced"] == [2, 10, 1]  # 0.15 of the ten steps that run
+
+
+def test_another_model_follows_too(run_in_comfy):
+    """Core's Krea 2, whose conditioning knows nothing of ours."""
+    facts = run_in_comfy(SCRIPTS / "foreign.py")
+    assert facts["class"] == "Krea2" and facts["finite"]
+    assert facts["core's ranges"] == facts["its export without a wrapper"] == 0
+    assert facts["b alone"] > 1e-3
