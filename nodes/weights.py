@@ -23,6 +23,7 @@ from .files import WEIGHTS
 from .memory import LOADED, ManagedFusion, ManagedVLM, managed
 from .model import SPEC_TENSOR, ComfyVAE, load_dit
 
+COMPRESSION = 8  # of a VAE that is not at hand; the field's usual one
 SAVED = "model.diffusion_model."  # core's prefix in checkpoints
 ONLY_DIT = (
     "this file holds the DiT alone (core's Save Model wrote it): take LAP and refiner from a UniFusion Load Model of "
@@ -43,14 +44,11 @@ def load_vlm(folder: Path) -> ManagedVLM:
 def load_model(path: Path, dtype: torch.dtype | None) -> tuple:
     """MODEL, UNIFUSION_FUSION and VAE of a file; what is not there blocks the nodes that need it, with the reason."""
     spec, parts = read_parts(path)
-    folder = path.parent if (path.parent / "vae.safetensors").is_file() else WEIGHTS
-    vae = load_vae(folder / "vae.safetensors") if folder == path.parent or spec.name.startswith("micro") else None
-    compression = vae.spec.compression if vae else 8
-    patcher = load_patcher(path, dtype, compression)
+    found = _vae_beside(path, spec)
+    vae = wrap_vae(found) if found else ExecutionBlocker(NO_VAE.format(channels=spec.dit.in_channels))
+    patcher = load_patcher(path, dtype, vae.downscale_ratio if found else COMPRESSION)
     fusion = _fusion(spec, parts) if parts["lap"] else ExecutionBlocker(ONLY_DIT)
-    if vae is None:
-        return patcher, fusion, ExecutionBlocker(NO_VAE.format(channels=spec.dit.in_channels))
-    return patcher, fusion, wrap_vae(folder / "vae.safetensors")
+    return patcher, fusion, vae
 
 
 def read_parts(path: Path) -> tuple[ModelSpec, dict[str, dict[str, torch.Tensor]]]:
@@ -84,6 +82,13 @@ def apply_lora(model, path: str, strength: float):
     if patched is model or (strength and sum(map(len, patched.patches.values())) == before):
         raise ValueError(f"{Path(path).name}: none of its {len(tensors)} tensors fits this model; take a LoRA of it")
     return patched
+
+
+def _vae_beside(path: Path, spec: ModelSpec) -> Path | None:
+    """The VAE in the model's folder; for a micro model, such as a merged one, the embedded one."""
+    folders = (path.parent, WEIGHTS) if spec.name.startswith("micro") else (path.parent,)
+    files = (folder / "vae.safetensors" for folder in folders)
+    return next((file for file in files if file.is_file()), None)
 
 
 def _vae_patcher(path: Path, disable_dynamic: bool = False):

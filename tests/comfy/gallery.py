@@ -16,7 +16,7 @@ RESULT = (360, 390)  # px of a box that shows a picture
 LOOK = (290, 310)
 REWRITE = (400, 470)
 
-STAR_AND_HEART = "a large yellow star at top-left and a small red heart at bottom-right on a black background"
+STAR_AND_HEART = "a large yellow star at top-right and a small red heart at bottom-left on a black background"
 ONE_PROMPT = "a large yellow star at top-left and a large cyan circle at bottom-right on a black background"
 OTHER_PROMPT = "a large red heart at top-left and a large purple square at bottom-right on a black background"
 SOURCE = "two shapes on a beige background : a large yellow star at top-left , a small red heart at bottom-right"

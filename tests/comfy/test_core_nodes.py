@@ -82,6 +82,6 @@ def test_a_lora_of_another_model_is_refused(facts):
     assert "none of its 2 tensors fits" in facts["a LoRA that fits nothing"]
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler for torch's inductor: TorchCompileModel not tested")
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler: TorchCompileModel is not tested")
 def test_a_compiled_model_makes_the_same_picture(run_in_comfy):
     assert run_in_comfy(SCRIPTS / "compiled.py")["differs"] < 1e-4

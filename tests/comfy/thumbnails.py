@@ -13,7 +13,8 @@ from .canvas import Page
 from .client import Client
 from .ui_to_api import to_api
 
-SIDE, MARGIN, GAP, WORD = 480, 18, 12, 24  # px; WORD is the height of a label
+SIDE, MARGIN, GAP, WORD = 480, 16, 12, 24  # px; WORD is the height of a label
+HEAD = 72  # px under which the template browser writes "Node graph"
 BACKDROP, INK, FRAME = (246, 245, 241), (60, 60, 60), (205, 203, 196)
 
 Cell = tuple[Image.Image, str]
@@ -37,24 +38,23 @@ def pictures(client: Client, page: Page, workflow: Mapping[str, Any]) -> list[li
 
 
 def compose(rows: Sequence[Sequence[Cell]]) -> Image.Image:
-    """A square with the pictures as large as they can be, in rows."""
+    """A square with the pictures as large as they can be, in rows; a picture alone fills it."""
+    if len(rows) == 1 and len(rows[0]) == 1 and not rows[0][0][1]:
+        return rows[0][0][0].convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     sheet = Image.new("RGB", (SIDE, SIDE), BACKDROP)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=17)
     words = [WORD if any(label for _, label in row) else 0 for row in rows]
-    room = SIDE - 2 * MARGIN - sum(words) - GAP * (len(rows) - 1)
-    heights = _heights(rows, room)
-    y = (SIDE - sum(heights) - sum(words) - GAP * (len(rows) - 1)) / 2
+    spent = sum(words) + GAP * (len(rows) - 1)
+    heights = _heights(rows, SIDE - HEAD - MARGIN - spent)
+    y = HEAD + (SIDE - HEAD - MARGIN - spent - sum(heights)) / 2
     for row, height, word in zip(rows, heights, words, strict=True):
         widths = [height * picture.width / picture.height for picture, _ in row]
-        x = (SIDE - sum(widths) - GAP * (len(row) - 1)) / 2
+        whole = sum(widths) + GAP * (len(row) - 1)
+        shared = len(row) > 1 and not any(label for _, label in row[1:])
+        x = (SIDE - whole) / 2
         for (picture, label), width in zip(row, widths, strict=True):
-            size = round(width), round(height)
-            sheet.paste(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS), (round(x), round(y)))
-            draw.rectangle((round(x) - 1, round(y) - 1, round(x) + size[0], round(y) + size[1]), outline=FRAME)
-            if label and all(not other for _, other in row[1:]) and len(row) > 1:
-                draw.text((SIDE / 2, y + height + 3), label, INK, font, anchor="ma")
-            else:
-                draw.text((x + width / 2, y + height + 3), label, INK, font, anchor="ma")
+            _paste(sheet, draw, picture, (round(x), round(y), round(x + width), round(y + height)))
+            draw.text((SIDE / 2 if shared else x + width / 2, y + height + 3), label, INK, font, anchor="ma")
             x += width + GAP
         y += height + word + GAP
     return sheet
@@ -67,6 +67,12 @@ def contact_sheet(files: Sequence[Path], columns: int = 4) -> Image.Image:
     for index, thumbnail in enumerate(thumbnails):
         sheet.paste(thumbnail, (index % columns * (SIDE + GAP), index // columns * (SIDE + GAP)))
     return sheet
+
+
+def _paste(sheet: Image.Image, draw: ImageDraw.ImageDraw, picture: Image.Image, box: tuple[int, ...]) -> None:
+    left, top, right, bottom = box
+    sheet.paste(picture.convert("RGB").resize((right - left, bottom - top), Image.Resampling.LANCZOS), (left, top))
+    draw.rectangle((left - 1, top - 1, right, bottom), outline=FRAME)
 
 
 def _heights(rows: Sequence[Sequence[Cell]], room: float) -> list[float]:
