@@ -35,7 +35,7 @@ CONDITIONING = {
     "UniFusionSelectTokens",
 }
 DECODERS = ("VAEDecode", "UniFusionVAEDecode")
-LEVEL = 1.0  # of 255, the mean difference that two versions of torch may make
+LEVEL = 0.25  # of 255, the mean difference that two versions of torch may make; two seeds of an edit differ by 0.9
 BLANK = 4.0  # of 255, the least spread of a picture with something in it
 MOST_BYTES = 60_000
 DEADLINE = 600
@@ -78,7 +78,8 @@ def drawn_by_core():
         pipeline = load(model)
         conditions = pipeline.prepare([Request(prompt, tuple(images))])
         latents = pipeline.sample(conditions, schedule=schedule, steps=STEPS, guidance=GUIDANCE, seed=seed)
-        return np.asarray(pipeline.decode(latents)[0])
+        pixels = pipeline.vae.decode(latents)[0].permute(1, 2, 0)
+        return pixels.mul(255).byte().numpy()  # PreviewImage does not round
 
     return draw
 
@@ -121,7 +122,7 @@ def test_no_box_covers_another(name):
     placed = [(node["id"], *node["pos"], *node["size"]) for node in workflow(name)["nodes"]]
     for index, (one, x, y, w, h) in enumerate(placed):
         for other, X, Y, W, H in placed[index + 1 :]:
-            assert x + w <= X or X + W <= x or y + h <= Y - 30 or Y + H <= y - 30, (one, other)
+            assert x + w <= X or x >= X + W or y + h <= Y - 30 or y - 30 >= Y + H, (one, other)
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
