@@ -57,7 +57,8 @@ def check_vlm(spec: ModelSpec, identity: str, layers: Sequence[int]) -> None:
     """Raises ValueError unless hidden states come from the VLM and the layers that the model was trained on."""
     if spec.vlm is not None and identity != spec.vlm:
         raise ValueError(
-            f"model {spec.name!r} was trained on the VLM {spec.vlm}, but these states come from {identity}"
+            f"model {spec.name!r} was trained on the VLM {spec.vlm}, but these states come from {identity}; load the "
+            "VLM that belongs to the model"
         )
     if tuple(layers) != spec.layers:
         raise ValueError(f"model {spec.name!r} pools layers {spec.layers}, but layers {tuple(layers)} were tapped")

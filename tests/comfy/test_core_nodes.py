@@ -78,6 +78,10 @@ def test_a_merge_survives_saving(facts):
     assert facts["its fusion is blocked"] == "ExecutionBlocker"
 
 
+def test_states_of_another_vlm_are_refused(facts):
+    assert "come from qwen; load the VLM that belongs to the model" in facts["another VLM's states"]
+
+
 def test_a_lora_of_another_model_is_refused(facts):
     assert "none of its 2 tensors fits" in facts["a LoRA that fits nothing"]
 

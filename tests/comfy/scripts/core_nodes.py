@@ -47,10 +47,23 @@ def main(pack) -> dict:
     facts["inpainting keeps the left half"] = worst(painted[..., :4], encoded["samples"][..., :4])
     facts["inpainting changes the right half"] = worst(painted[..., 4:], encoded["samples"][..., 4:])
 
+    facts["another VLM's states"] = another_vlm(setting)
     facts |= conditionings(setting)
     facts |= loras(setting, base)
     facts |= merges(setting, base)
     return facts
+
+
+def another_vlm(setting) -> str:
+    from dataclasses import replace
+
+    inputs = {"vlm": setting.vlm, "prompt": "a red heart", "images": {}, "max_tiles": 9, "max_new_tokens": 64}
+    hidden, _ = setting.run("UniFusionRewrite", **inputs, sampling={"sampling": "greedy"})
+    try:
+        setting.run("UniFusionLAPEncode", fusion=setting.fusion, hidden=replace(hidden, vlm="qwen"))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def advanced(setting, guider):
