@@ -113,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         "unifusion evaluate reconstruction --tiles 1,4,9",
     )
     suite.add_argument("--tiles", type=_list(1), default=(1, 4, 9), metavar="N,…", help="default: 1,4,9")
+    suite.add_argument("--cells", type=_whole(1, 6), default=6, metavar="C", help="of 32 px a side (default: 6)")
     suite.add_argument("--n", type=_whole(1), default=100, metavar="N", help="pictures (default: 100)")
 
     verb = _verb(

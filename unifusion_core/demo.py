@@ -20,8 +20,8 @@ from .microworld.render import render
 from .microworld.scene import Scene, sample_detail, sample_scene
 from .pipeline import UniFusion
 
-SCALE = 3  # of a picture on the contact sheet
-SHEET_WIDTH, MARGIN, GAP, CELL_WIDTH = 1720, 28, 18, 240  # px; four edits fit, or four of 128 px
+SCALE, LARGE = 3, 384  # of a picture on the contact sheet; the most it may measure there, in px
+SHEET_WIDTH, MARGIN, GAP, CELL_WIDTH = 1720, 28, 18, 240  # px; four edits fit, or four of 384 px
 BACKDROP, INK, FADED, ACCENT = (246, 245, 241), (25, 25, 25), (105, 105, 105), (30, 90, 160)
 LINE = 19  # px
 REWRITE_LINES = 7  # of VERIFI's text on the sheet; demo.json has all of it
@@ -30,7 +30,7 @@ TEXT = "Text to image"
 REASONING = "Prompts that need thought: VERIFI works them out (grey: what it wrote)"
 EDITS = "Edits (left: the source)"
 ZERO_SHOT = "Edits by a model that never saw one: image tokens for the first share of the steps, then the rewrite"
-RECONSTRUCTION = "A 128-px picture drawn again from its image tokens alone"
+RECONSTRUCTION = "A 192-px picture drawn again from its image tokens alone"
 REFERENCES = "Two references composed (never trained)"
 
 
@@ -59,7 +59,7 @@ def sources() -> dict[str, Scene]:
         "bottom-left , a large purple triangle at bottom-right",
     }
     scenes = {name: _detailed(parse_caption(caption), name) for name, caption in captions.items()}
-    return {**scenes, "crowd": sample_scene(Random("demo crowd"), rows=4, columns=4, count=8)}
+    return {**scenes, "crowd": sample_scene(Random("demo crowd"), rows=6, columns=6, count=14)}
 
 
 def items() -> tuple[Item, ...]:
@@ -115,7 +115,7 @@ def items() -> tuple[Item, ...]:
                 grid=grid,
                 rewriting=False,
                 guidance=1.0,
-                size=(128, 128),
+                size=(192, 192),
                 label=f"{tiles} {'tile' if tiles == 1 else 'tiles and a thumbnail'}",
             )
             for tiles, grid in grids.items()
@@ -253,7 +253,11 @@ def contact_sheet(shown: Sequence[tuple[Item, dict[str, Any], tuple[Image.Image,
 def _cell(
     pictures: tuple[Image.Image, ...], prompt: str, label: str, rewrite: str, font: ImageFont.FreeTypeFont
 ) -> _Cell:
-    large = tuple(p.resize((p.width * SCALE, p.height * SCALE), Image.Resampling.NEAREST) for p in pictures)
+    scales = [min(SCALE, LARGE // max(p.size)) for p in pictures]
+    large = tuple(
+        p.resize((p.width * scale, p.height * scale), Image.Resampling.NEAREST)
+        for p, scale in zip(pictures, scales, strict=True)
+    )
     width = max(CELL_WIDTH, sum(picture.width for picture in large) + GAP * (len(large) - 1))
     written = _wrapped(rewrite, font, width)
     if len(written) > REWRITE_LINES:

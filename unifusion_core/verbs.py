@@ -153,7 +153,9 @@ def evaluate_reconstruction(args: argparse.Namespace) -> Report:
     from .evaluation import reconstruction, report
 
     with _progress(args) as progress:
-        scores = reconstruction.evaluate(_loader(args), tiles=args.tiles, num=args.n, seed=args.seed, progress=progress)
+        scores = reconstruction.evaluate(
+            _loader(args), tiles=args.tiles, cells=args.cells, num=args.n, seed=args.seed, progress=progress
+        )
     print(report.table(scores))
     return scores
 

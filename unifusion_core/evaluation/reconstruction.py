@@ -1,6 +1,7 @@
 """Pictures drawn again from their image tokens alone, at several numbers of tiles.
 
-128-px scenes hold 3 to 10 things with details that no words carry; the mark is under a pixel wide in a thumbnail.
+192-px scenes hold things with details that no words carry: a thumbnail shows a third of the pixels along a side, four
+tiles two thirds, nine all of them. (At 128 px four tiles show them all, and nine only enlarge them.)
 """
 
 from __future__ import annotations
@@ -21,14 +22,13 @@ from torch.nn import functional as F
 from ..conditioning.vlm import Request
 from ..microworld.oracle import exact, read
 from ..microworld.render import render
-from ..microworld.scene import Scene, sample_scene
+from ..microworld.scene import MOST_CELLS, Scene, sample_scene
 from ..pipeline import UniFusion
 from .micro import Progress, Values, collect, draw, round_trip, things_at
 from .report import nest, score
 
 MODELS = ("micro", "micro-base")
-CANVAS = 4  # cells a side
-COUNTS = (3, 10)  # things, as in training
+CELLS = 6  # along a side of the canvas: as many pixels as nine tiles have
 BATCH_SIZE = 10
 PSNR_LIMIT = 99.0  # dB, of equal pictures
 PROMPT = "describe the image"  # stands behind the image tokens, which cannot see it
@@ -38,6 +38,7 @@ def evaluate(
     load_model: Callable[[str], UniFusion],
     *,
     tiles: Sequence[int] = (1, 4, 9),
+    cells: int = CELLS,
     num: int = 100,
     seed: int = 0,
     progress: Progress | None = None,
@@ -46,21 +47,25 @@ def evaluate(
 
     Args:
         tiles: numbers of tiles, each a square; beyond 1 a thumbnail is added.
+        cells: of 32 px along a side; 4, the largest canvas in training, or 6, which no model has seen.
         progress: called with (part, pictures done, pictures of this part).
     Returns:
         tiles.<n>.psnr (dB), ssim, marks, exact without guidance, tiles.<n>.guided with the model's own; the same under
         "micro-base"; controls.vae_round_trip and oracle_on_renders as ceilings; controls.marks_chance: always naming
         the commonest mark. marks: over all things of the truth, the mark read in its cell is its own.
     Raises:
-        ValueError: a number of tiles that is no square, or `num` below 1.
+        ValueError: a number of tiles that is no square, cells outside 1..6, or `num` below 1.
     """
     sides = {count: math.isqrt(count) if count > 0 else 0 for count in tiles}
     if wrong := [count for count, side in sides.items() if side == 0 or side * side != count]:
         raise ValueError(f"tiles {wrong[0]}: expected square numbers, such as 1, 4, 9")
     if num < 1:
         raise ValueError(f"num {num}: expected at least 1")
+    if not 1 <= cells <= MOST_CELLS:
+        raise ValueError(f"cells {cells}: expected 1 to {MOST_CELLS}")
     rng = Random(f"reconstruction-{seed}")
-    scenes = [sample_scene(rng, rows=CANVAS, columns=CANVAS, count=rng.randint(*COUNTS)) for _ in range(num)]
+    few, many = max(1, cells**2 // 5), max(1, cells**2 * 5 // 8)
+    scenes = [sample_scene(rng, rows=cells, columns=cells, count=rng.randint(few, many)) for _ in range(num)]
     truths = [render(scene) for scene in scenes]
 
     values: Values = defaultdict(list)
@@ -94,6 +99,7 @@ def evaluate(
     report["controls"]["marks_chance"] = score([1.0] * common + [0.0] * (marks.total() - common))
     meta |= {
         "tiles": list(tiles),
+        "cells": cells,
         "num": num,
         "seed": seed,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .render import MARK_COLOR, distance, paint, thing_layers
-from .scene import BACKGROUNDS, CELL, COLORS, COLUMNS, MARKS, ROWS, SHAPES, SIZES, STRIPES, Detail, Scene, Thing
+from .scene import BACKGROUNDS, CELL, COLORS, MARKS, MOST_CELLS, SHAPES, SIZES, STRIPES, Detail, Scene, Thing
 
 BORDER = 2  # px along a cell's edges where hardly anything but background stands
 FOREGROUND = (24.0, 48.0)  # colour distance from the background: noise of 6 stays below, the faintest colour above
@@ -193,9 +193,9 @@ def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
     if array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(f"expected a picture [H, W, 3], got an array of shape {array.shape}")
     height, width = array.shape[:2]
-    if height % CELL or width % CELL or height // CELL not in ROWS or width // CELL not in COLUMNS:
+    if any(side % CELL or not 0 < side <= MOST_CELLS * CELL for side in (height, width)):
         raise ValueError(
-            f"expected height and width to be multiples of {CELL} px up to {max(ROWS) * CELL}, got {height} by {width}"
+            f"expected height and width to be multiples of {CELL} px up to {MOST_CELLS * CELL}, got {height} by {width}"
         )
     if array.dtype == np.uint8:
         return array.astype(np.float32)

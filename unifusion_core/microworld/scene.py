@@ -34,6 +34,7 @@ SHADE_RANGE = (0.72, 1.0)  # factor on the palette colour
 ROTATION_RANGE = (-25.0, 25.0)  # degrees
 OFFSET_RANGE = (-1.5, 1.5)  # px from the cell's centre
 
+MOST_CELLS = 6  # along a side; beyond four, places have no names: such pictures are looked at, not spoken of
 ROWS = {1: ("middle",), 2: ("top", "bottom"), 3: ("top", "middle", "bottom"), 4: ("top", "upper", "lower", "bottom")}
 COLUMNS = {
     1: ("center",),
