@@ -271,7 +271,7 @@ def test_evaluations_are_given_what_was_asked(monkeypatch, tmp_path, capsys):
     assert run("evaluate", "reconstruction", "--tiles", "1,9", "--n", 2, "--seed", 3) == 0
     assert [{k: v for k, v in call.items() if k != "progress"} for call in calls] == [
         {"split": "train", "num": 3, "seeds": (4, 5)},
-        {"tiles": (1, 9), "num": 2, "seed": 3},
+        {"tiles": (1, 9), "cells": 6, "num": 2, "seed": 3},
     ]
     assert capsys.readouterr().out == "the table\n" * 2 and json.loads((tmp_path / "s.json").read_text()) == {
         "score": 1
