@@ -70,10 +70,6 @@ class ManagedFusion:
     def refiner(self):
         return self.head.refiner
 
-    @property
-    def drop_layers(self) -> tuple[int, ...]:
-        return self.head.drop_layers
-
 
 # Two loader nodes of one file share one copy, which goes when the last graph lets go of it.
 LOADED: WeakValueDictionary = WeakValueDictionary()

@@ -13,7 +13,7 @@ from typing import Any
 import comfy.conds
 from comfy.patcher_extension import WrappersMP
 
-from ..unifusion_core.diffusion.schedule import Mix, Schedule, resolve
+from ..unifusion_core.diffusion.schedule import Mix, Schedule, mix_tokens, resolve
 
 KEY = "unifusion"
 SCHEDULE, TRACK, GROUP, FADE = "unifusion_schedule", "unifusion_track", "unifusion_group", "unifusion_fade"
@@ -146,5 +146,5 @@ def _weighted(entry: dict, weight: float) -> dict:
 def _interpolated(tracks: dict[str, dict], mix: Mix) -> dict:
     """One entry whose tokens lie between those of the two tracks; the schedule node has seen to equal lengths."""
     first = tracks[mix[0][0]]
-    tokens = sum(weight * tracks[track]["model_conds"]["c_crossattn"].cond for track, weight in mix)
+    tokens = mix_tokens(mix, {track: tracks[track]["model_conds"]["c_crossattn"].cond for track, _ in mix})
     return {**first, "model_conds": {**first["model_conds"], "c_crossattn": comfy.conds.CONDRegular(tokens)}}

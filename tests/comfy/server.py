@@ -16,6 +16,8 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from unifusion_core.evaluation import bench_comfy
+
 if sys.platform == "linux":
     import resource
 
@@ -34,16 +36,11 @@ class Comfy:
 
 
 def find_comfy() -> Comfy | str:
-    """$COMFYUI_PATH, else comfy-cli's default workspace; or why there is none."""
-    path = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI").expanduser()
-    if not (path / "main.py").is_file():
-        return f"no ComfyUI at {path}: set COMFYUI_PATH (and COMFYUI_PYTHON) to run the tests of the node pack"
-    inside = [path / venv / sub for venv in (".venv", "venv") for sub in ("bin/python", "Scripts/python.exe")]
-    found = next((python for python in inside if python.is_file()), Path(sys.executable))
-    python = Path(os.environ.get("COMFYUI_PYTHON") or found).expanduser()
-    if not python.is_file():
-        return f"no Python at {python}: set COMFYUI_PYTHON to the one that runs ComfyUI"
-    return Comfy(path, python)
+    """Where `unifusion bench --comfy` finds it too; or why there is none."""
+    try:
+        return Comfy(*bench_comfy.find())
+    except ValueError as error:
+        return f"{error}: without it the tests of the node pack do not run"
 
 
 def make_base(base: Path, pack: Path = REPO) -> Path:
