@@ -223,7 +223,7 @@ def _ranges(entry: list, steps: int) -> list[list]:
             tensor,
             {
                 **plain,
-                "start_percent": max(0.0, (first - 0.5) / steps) if first else 0.0,
+                "start_percent": (first - 0.5) / steps if first else 0.0,
                 "end_percent": (last - 0.5) / steps if last < steps else 1.0,
                 "strength": plain.get("strength", 1.0) * weight,
             },

@@ -111,20 +111,18 @@ def _around_batch(execute, model, conds, x_in, timestep, model_options):
 
 def _speaking(entries: list[dict], options: dict[str, Any], model) -> list[dict]:
     """The entries that speak at this step, with their weights."""
-    kept: list[dict] = []
-    groups: dict[str, dict[str, dict]] = {}
+    kept = [entry for entry in entries if SCHEDULE not in entry]
+    groups: dict[str, dict[str, list[dict]]] = {}  # a track has several entries where Combine doubled its schedule
     for entry in entries:
-        if SCHEDULE not in entry:
-            kept.append(entry)
-        else:
-            groups.setdefault(entry[GROUP], {})[entry[TRACK]] = entry
+        if SCHEDULE in entry:
+            groups.setdefault(entry[GROUP], {}).setdefault(entry[TRACK], []).append(entry)
     for tracks in groups.values():
-        first = next(iter(tracks.values()))
+        first = next(iter(tracks.values()))[0]
         mix = _mix(first[SCHEDULE], options, model)
         if first[FADE] == "tokens" and len(mix) > 1:
-            kept.append(_interpolated(tracks, mix))
+            kept += [_interpolated(pair, mix) for pair in zip(*(tracks[track] for track, _ in mix), strict=True)]
         else:
-            kept += [_weighted(tracks[track], weight) for track, weight in mix]
+            kept += [_weighted(entry, weight) for track, weight in mix for entry in tracks[track]]
     return kept
 
 
@@ -143,8 +141,8 @@ def _weighted(entry: dict, weight: float) -> dict:
     return entry if weight == 1 else {**entry, "strength": entry.get("strength", 1.0) * weight}
 
 
-def _interpolated(tracks: dict[str, dict], mix: Mix) -> dict:
+def _interpolated(pair: tuple[dict, ...], mix: Mix) -> dict:
     """One entry whose tokens lie between those of the two tracks; the schedule node has seen to equal lengths."""
-    first = tracks[mix[0][0]]
-    tokens = mix_tokens(mix, {track: tracks[track]["model_conds"]["c_crossattn"].cond for track, _ in mix})
+    first = pair[0]
+    tokens = mix_tokens(mix, {entry[TRACK]: entry["model_conds"]["c_crossattn"].cond for entry in pair})
     return {**first, "model_conds": {**first["model_conds"], "c_crossattn": comfy.conds.CONDRegular(tokens)}}

@@ -36,6 +36,10 @@ def test_the_same_schedule_in_another_way_is_the_same_picture(facts, name):
     assert facts[name] == 0
 
 
+def test_combining_one_schedule_twice_loses_neither(facts):
+    assert facts["two masked halves of one schedule"] < 1e-4
+
+
 def test_a_schedule_does_something(facts):
     assert facts["differs from text alone"] > 0.1
     assert facts["an unwrapped one does not"] > 0.1

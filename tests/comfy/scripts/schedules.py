@@ -50,6 +50,12 @@ def main(pack) -> dict:
     same = setting.schedule("a:0-0.5 > b:1-1", fade="tokens", a=setting.image, b=setting.image)
     facts["a fade of equal tokens is that token"] = worst(sample(same), sample(setting.image))
     facts["forwards"]["fade of tokens"] = forwards(setting, same, steps=4)
+    left, right = torch.zeros(1, 64, 64), torch.ones(1, 64, 64)
+    left[..., :32], right[..., :32] = 1, 0
+    halves = [mask(run, scheduled, half) for half in (left, right)]
+    facts["two masked halves of one schedule"] = worst(
+        sample(run("ConditioningCombine", conditioning_1=halves[0], conditioning_2=halves[1])[0], steps=20), base
+    )
     foreign = setting.model.clone()
     for place in ("sampler_sample", "predict_noise", "calc_cond_batch"):
         foreign.remove_wrappers_with_key(place, "unifusion")
@@ -98,6 +104,11 @@ def against_core(setting, pack) -> dict:
         theirs = model.sample(tracks, schedule=text, steps=8, guidance=2.5, seed=3, sampler=sampler)
         out[f"core: {name}"] = worst(ours, theirs)
     return out
+
+
+def mask(run, conditioning, area):
+    inputs = {"conditioning": conditioning, "mask": area, "strength": 1.0, "set_cond_area": "default"}
+    return run("ConditioningSetMask", **inputs)[0]
 
 
 def with_range(conditioning, start, end):
