@@ -6,9 +6,11 @@ The spec is JSON in the header, so a file alone says which model it belongs to. 
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -93,24 +95,53 @@ def load_checkpoint(
 
 
 def load_tensors(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    only: Callable[[str], bool] | None = None,
 ) -> dict[str, Tensor]:
     """Loads the tensors of any safetensors file or index, spec or none: other people's weights come in here.
 
-    Arguments and errors are those of `load_checkpoint`.
+    Arguments and errors are those of `load_checkpoint`; `only` is asked by name which tensors to read.
     """
     tensors = {}
     for file, expected in _files_of(Path(path)).items():
         _metadata(file)
         with safe_open(file, framework="pt", device=str(device)) as opened:
             names = list(opened.keys())
-            if expected is not None and set(names) != expected:
-                odd = _first(sorted(expected.symmetric_difference(names)))
-                raise ValueError(f"{file}: shard and index differ in {odd}; copy the whole set again from one place")
-            for name in names:
+            _check_index(file, names, expected)
+            for name in filter(only, names) if only else names:
                 tensor = opened.get_tensor(name)
                 tensors[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
     return tensors
+
+
+def tensor_names(path: str | Path) -> list[str]:
+    """Reads the names of the tensors from the headers alone. Errors are those of `load_checkpoint`."""
+    names = []
+    for file in _files_of(Path(path)):
+        _metadata(file)
+        with safe_open(file, framework="pt") as opened:
+            names += opened.keys()
+    return names
+
+
+def read_table(path: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Reads name -> (dtype, shape) of all tensors from the headers alone, dtypes as safetensors spells them (F8_E4M3).
+
+    Errors are those of `load_checkpoint`, and a file without tensors is one.
+    """
+    table = {}
+    for file, expected in _files_of(Path(path)).items():
+        _metadata(file)
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in list(opened.keys())}
+        _check_index(file, slices, expected)
+        table |= {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    if not table:
+        raise ValueError(f"{path}: it holds no tensors; copy or download it again")
+    return table
 
 
 def read_spec(path: str | Path) -> dict:
@@ -267,6 +298,12 @@ def _read_index(index: Path) -> dict[Path, set[str] | None]:
     return files
 
 
+def _check_index(file: Path, names: Collection[str], expected: set[str] | None) -> None:
+    if expected is not None and set(names) != expected:
+        odd = _first(sorted(expected.symmetric_difference(names)))
+        raise ValueError(f"{file}: shard and index differ in {odd}; copy the whole set again from one place")
+
+
 def _metadata(file: Path) -> dict[str, str]:
     """Header metadata, once the file has proved to be a whole safetensors file."""
     with open(file, "rb") as opened:
@@ -277,14 +314,37 @@ def _metadata(file: Path) -> dict[str, str]:
         raise ValueError(f"{file}: a pickle can run code and is never loaded; convert it to .safetensors first")
     if head.startswith(b"version https://"):
         raise ValueError(f"{file}: a Git LFS pointer and not the weights; run `git lfs pull`")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError(f"{file}: not a safetensors file but a web page; download the file itself, signed in")
+    if head.startswith(b"GGUF"):
+        raise ValueError(f"{file}: not a safetensors file but GGUF; take the safetensors version of the same model")
     try:
         with safe_open(file, framework="pt") as opened:
-            return opened.metadata() or {}
+            metadata = opened.metadata() or {}
     except SafetensorError as error:
+        reason = shorten(str(error), 160)
         if looks_right or len(head) < 9:
             size = f"{file.stat().st_size} bytes"
-            raise ValueError(f"{file}: cut short or damaged at {size} ({error}); copy or download it again") from error
-        raise ValueError(f"{file}: not a safetensors file ({error}); give a .safetensors file or its index") from error
+            raise ValueError(f"{file}: cut short or damaged at {size} ({reason}); copy or download it again") from error
+        raise ValueError(f"{file}: not a safetensors file ({reason}); give a .safetensors file or its index") from error
+    if twice := _twice(file):
+        raise ValueError(f"{file}: its header names {twice} twice; copy or download it again")
+    return metadata
+
+
+def _twice(file: Path) -> str | None:
+    """A name that the header gives to two tensors, of which safetensors would take the later."""
+    found = []
+
+    def note(pairs: list[tuple[str, object]]) -> dict:
+        count = Counter(name for name, _ in pairs)
+        found.extend(name for name, number in count.items() if number > 1)
+        return dict(pairs)
+
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")  # no longer than the file, as safetensors found
+        json.loads(opened.read(length), object_pairs_hook=note)
+    return found[0] if found else None
 
 
 def _missing(path: Path) -> str:

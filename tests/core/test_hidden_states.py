@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from unifusion_core.conditioning.hidden_states import HiddenStates, Span
+from unifusion_core.conditioning.hidden_states import KEEP, HiddenStates, Span
 
 TEXT_ROW = (Span("instruction", 2, 4), Span("rewrite", 6, 9))
 IMAGE_ROW = (
@@ -70,7 +70,7 @@ def test_positions_follow_their_tokens():
 
 
 def test_an_unknown_kind_and_an_absent_one_say_what_there_is():
-    with pytest.raises(ValueError, match="unknown span kind 'picture'; one of system, instruction"):
+    with pytest.raises(ValueError, match="unknown span kind 'picture'; one of prefix, system"):
         hidden(TEXT_ROW).select("picture")
     with pytest.raises(ValueError, match="no token of image in any row; there are: instruction, rewrite"):
         hidden(TEXT_ROW).select("image")
@@ -79,3 +79,36 @@ def test_an_unknown_kind_and_an_absent_one_say_what_there_is():
 def test_to_changes_the_dtype_of_the_states_only():
     moved = hidden(TEXT_ROW).to(dtype=torch.bfloat16)
     assert moved.states.dtype == torch.bfloat16 and moved.positions.dtype == torch.float32
+
+
+CHAT_ROW = (
+    Span("prefix", 0, 1),
+    Span("instruction", 1, 2),
+    Span("marker", 2, 3),
+    Span("image", 3, 4, 0, 0),
+    Span("marker", 4, 5),
+    Span("rewrite", 5, 9),
+)
+
+
+def test_every_mode_keeps_its_kinds():
+    states = hidden(CHAT_ROW).with_thinking([2])
+    kept = {mode: [span.kind for span in states.keep(mode).spans[0]] for mode in KEEP}
+    assert kept["rewrite"] == ["rewrite"] and kept["think"] == ["think"]
+    assert kept["image + rewrite"] == ["image", "rewrite"] and kept["think + rewrite"] == ["think", "rewrite"]
+    assert kept["user turn"] == ["instruction", "marker", "image", "marker"]
+    assert kept["everything"] == ["prefix", *kept["all"]]
+    assert kept["all"] == ["instruction", "marker", "image", "marker", "think", "rewrite"]
+    with pytest.raises(ValueError, match="unknown mode 'most' of states to keep; one of rewrite, image"):
+        states.keep("most")
+    with pytest.raises(ValueError, match="no token of think in any row"):
+        hidden(CHAT_ROW).keep("think")
+
+
+def test_thinking_is_the_beginning_of_a_rewrite():
+    states = hidden(CHAT_ROW, TEXT_ROW)
+    split = states.with_thinking([3, 0])
+    assert split.spans[0][-2:] == (Span("think", 5, 8), Span("rewrite", 8, 9)) and split.spans[1] == TEXT_ROW
+    assert states.with_thinking([4, 0]).spans[0][-1] == Span("think", 5, 9)
+    assert values(split.without("think"), 0) == [1, 2, 3, 4, 5, 9]
+    assert states.without("think") is states

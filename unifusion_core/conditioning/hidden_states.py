@@ -5,13 +5,25 @@ B batch, T tokens, L tapped layers, E VLM width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-SpanKind = Literal["system", "instruction", "image", "thumbnail", "rewrite"]
+SpanKind = Literal["prefix", "system", "instruction", "image", "thumbnail", "marker", "think", "rewrite"]
+
+# Which tokens are worth keeping. "image + rewrite" is the paper's Sec. 3; "user turn" is what Krea 2 trained on.
+KEEP: dict[str, tuple[SpanKind, ...]] = {
+    "rewrite": ("rewrite",),
+    "image + rewrite": ("image", "thumbnail", "rewrite"),
+    "user turn": ("image", "thumbnail", "instruction", "marker"),
+    "think + rewrite": ("think", "rewrite"),
+    "think": ("think",),
+    "all": ("instruction", "image", "thumbnail", "marker", "think", "rewrite"),
+    "everything": get_args(SpanKind),
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,8 @@ class HiddenStates:
         states: [B, T, L, E] in the VLM's dtype, before any final norm; padding is zero.
         mask: [B, T] bool, True where a real token stands.
         positions: [B, T, 3] float, (is_image, y, x): the token's centre as a fraction of its source image; text is 0.
-        spans: per row, the named stretches in order. Markers of the chat template belong to none.
+        spans: per row, the named stretches in order; every real token belongs to exactly one. "prefix" and "marker" are
+            the template's own tokens, before and from the start of the user's content.
         layers: the L tapped indices; i = residual stream after i decoder layers, 0 = embeddings.
         vlm: identity of the VLM, see `FrozenVLM.identity`.
     """
@@ -63,6 +76,38 @@ class HiddenStates:
             mask=self.mask.to(device=device),
             positions=self.positions.to(device=device),
         )
+
+    def keep(self, mode: str) -> HiddenStates:
+        """Keeps the tokens of one of the `KEEP` modes, as `select`.
+
+        Raises:
+            ValueError: an unknown mode, or no row has such a token.
+        """
+        if mode not in KEEP:
+            raise ValueError(f"unknown mode {mode!r} of states to keep; one of {', '.join(KEEP)}")
+        return self.select(*KEEP[mode])
+
+    def with_thinking(self, lengths: Sequence[int]) -> HiddenStates:
+        """Names the first tokens of each row's rewrite "think"; `lengths` says how many."""
+        rows = []
+        for row, length in zip(self.spans, lengths, strict=True):
+            spans: list[Span] = []
+            for span in row:
+                if span.kind != "rewrite" or not length:
+                    spans.append(span)
+                    continue
+                middle = span.start + length
+                spans.append(Span("think", span.start, middle))
+                if middle < span.stop:
+                    spans.append(replace(span, start=middle))
+            rows.append(tuple(spans))
+        return replace(self, spans=tuple(rows))
+
+    def without(self, kind: SpanKind) -> HiddenStates:
+        """Drops the tokens of one kind, as `select` of all others; the same object where there are none."""
+        if not any(span.kind == kind for row in self.spans for span in row):
+            return self
+        return self.select(*(other for other in get_args(SpanKind) if other != kind))
 
     def select(self, *kinds: SpanKind, image: int | None = None, tile: int | None = None) -> HiddenStates:
         """Keeps only the tokens of these spans, in sequence order, with rows padded on the right.

@@ -1,107 +1,72 @@
-"""Frozen VLMs: a transformers folder -> FrozenVLM.  `load_vlm(folder).encode([Request("a red heart")])`"""
+"""Frozen VLMs: files -> FrozenVLM.  `load_vlm(folder).encode([Request("a red heart")])`"""
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoTokenizer
-from transformers.utils import logging
 
 from .base import FrozenVLM, Prompts, Request, every_third
-from .internvl import InternVL, read_preprocessor
+from .gemma3 import Gemma3
+from .general import GeneralVLM
+from .internvl import InternVL
+from .llama import GemmaText, Llama, QwenText
+from .loading import load, read_settings
+from .qwen_vl import Qwen3VL, Qwen25VL
 from .tiling import load_image
 
 __all__ = ["FrozenVLM", "InternVL", "Prompts", "Request", "every_third", "load_image", "load_vlm"]
 
-FAMILIES: dict[str, type[FrozenVLM]] = {"internvl": InternVL}
+FAMILIES: dict[str, type[FrozenVLM]] = {
+    "internvl": InternVL,
+    "gemma3": Gemma3,
+    "qwen2_5_vl": Qwen25VL,
+    "qwen3_vl": Qwen3VL,
+    "llama": Llama,
+    "qwen2": QwenText,
+    "qwen3": QwenText,
+    "gemma3_text": GemmaText,
+}
 
 
 def load_vlm(
-    folder: str | Path,
+    path: str | Path,
     layers: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    *,
+    tokenizer: str | Path | None = None,
+    quantization: str | None = None,
+    offload: str | Mapping[str | int, str | int] | None = None,
 ) -> FrozenVLM:
-    """Loads a VLM from a local transformers folder; nothing is downloaded, no code of the folder is run.
+    """Loads a VLM from files on this machine; nothing is downloaded, no code of a folder is run.
+
+    Weights stay memory-mapped in the file's dtype until they are used. All must be there and none may be left over.
 
     Args:
+        path: a transformers folder, or one .safetensors text encoder as ComfyUI keeps it (models/text_encoders).
         layers: rising indices to tap, i = residual stream after i layers; None = every third (2, 5, 8, ...).
-        dtype: None keeps the file's.
+        dtype: None keeps the file's (bfloat16 for what was scaled fp8).
+        tokenizer: folder of the tokenizer files, which a single file needs and which overrides a model folder's own.
+        quantization: "bnb-4bit", "bnb-8bit", "torchao-int8" or "fp8" squeezes the decoder's linear layers while
+            loading; the text that VERIFI writes then differs from the plain model's.
+        offload: "auto", or the most memory to fill by device, {"cuda:0": "10GiB", "cpu": "20GiB"}; what does not fit is
+            read from disk layer by layer in each forward. Decides where the model runs, whatever `device` says.
     Raises:
-        ValueError: not such a folder, an unknown family, weights missing, damaged, incomplete or stored as pickle.
+        ValueError: in one line, what is wrong with the files and what to do: no such path, no or another model, weights
+            missing, damaged, incomplete, left over, stored as pickle, GGUF or fp8 without scale, no tokenizer or one of
+            another model, code needed, a package not installed.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; expected a transformers model folder on this machine")
-    config = _read_json(folder / "config.json")
-    family = config.get("model_type")
-    if family == "internvl_chat":
-        raise ValueError(f"{folder}: original InternVL format, which needs its own code; use the folder named '-hf'")
-    if family not in FAMILIES:
-        raise ValueError(f"{folder}: model_type {family!r} is not supported; one of {', '.join(FAMILIES)}")
-    _check_weights(folder)
-
-    local = {"local_files_only": True, "trust_remote_code": False}
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # transformers draws one for every load
+    loaded = load(path, device, dtype, tokenizer=tokenizer, quantization=quantization, offload=offload)
+    family = FAMILIES.get(loaded.model.config.model_type, GeneralVLM)
+    settings = read_settings(loaded.folder, "verifi.json")
+    options = {"layers": layers, "system_prompt": settings.get("system_prompt")}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # named below, in one line
-            dtype=dtype or "auto",
-            **local,
-        )
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{folder}: {' '.join(str(error).split())[:300]}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    for what in ("missing_keys", "mismatched_keys"):
-        if keys := sorted(key if isinstance(key, str) else key[0] for key in report[what]):
-            raise ValueError(f"{folder}: {len(keys)} {what.replace('_', ' ')} in the weights, first {keys[0]}")
-
-    options = {"layers": layers}
-    if (folder / "verifi.json").is_file():
-        options["system_prompt"] = _read_json(folder / "verifi.json").get("system_prompt")
-    if family == "internvl":
-        options |= read_preprocessor(folder, model.config.vision_config.image_size[0])
-    return FAMILIES[family](model.to(device), tokenizer, **options)
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise ValueError(f"{path.parent}: no {path.name}; expected a transformers model folder")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        options |= family.folder_options(loaded.folder, loaded.model)
+        vlm = family(loaded.model, loaded.tokenizer, **options)
+        vlm._frame(system=False)  # a damaged chat template shows here and not at the first prompt
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-
-
-def _check_weights(folder: Path) -> None:
-    """Names a missing, pickled or truncated weight file, which transformers reports in many lines or not at all."""
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-            hint = f"; {pickled[0].name} is a pickle, which is not loaded: convert it to safetensors" if pickled else ""
-            raise ValueError(f"{folder}: no {name}{hint}")
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            size = path.stat().st_size
-            try:
-                tensors = json.loads(file.read(length)) if 0 < length <= size - 8 else {}
-            except ValueError:
-                tensors = {}
-        ends = [entry["data_offsets"][1] for key, entry in tensors.items() if key != "__metadata__"]
-        if not ends or 8 + length + max(ends) != size:
-            raise ValueError(f"{path}: truncated or not a safetensors file ({size} bytes)")
+        named = str(error) if str(loaded.folder) in str(error) else f"{path}: {error}"
+        raise ValueError(named) from error
+    return vlm

@@ -9,7 +9,10 @@ import math
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -103,34 +106,98 @@ def choose_grid(width: int, height: int, tile: int, max_tiles: int) -> tuple[int
     return best
 
 
+def fit_tokens(width: int, height: int, unit: int, least: int, most: int) -> tuple[int, int]:
+    """Returns the (rows, cols) of `unit` px that keep a picture's aspect ratio and resolution best.
+
+    Sides are rounded to `unit`; a picture of more than `most` or fewer than `least` units is scaled. This is Qwen-VL's
+    own rule, except that a very long strip is squeezed rather than let past `most`.
+    """
+    if not 1 <= least <= most:
+        raise ValueError(f"least {least} and most {most}: expected 1 <= least <= most")
+    rows, cols = round(height / unit), round(width / unit)
+    if rows * cols > most:
+        shrink = math.sqrt(width * height / (most * unit**2))
+        rows, cols = (max(1, math.floor(side / shrink / unit)) for side in (height, width))
+    elif rows * cols < least:
+        grow = math.sqrt(least * unit**2 / (width * height))
+        rows, cols = (math.ceil(side * grow / unit) for side in (height, width))
+    return (rows, min(cols, most // rows)) if rows <= cols else (min(rows, most // cols), cols)
+
+
 def split(
-    image: Image.Image, grid: tuple[int, int], tile: int, resample: Image.Resampling | int = Image.Resampling.BICUBIC
+    image: Image.Image,
+    grid: tuple[int, int],
+    tile: int | tuple[int, int],
+    resample: Image.Resampling | int = Image.Resampling.BICUBIC,
 ) -> list[Image.Image]:
-    """Cuts a picture, stretched to the canvas, into tiles of `tile` px; a thumbnail follows unless the grid is 1x1."""
-    rows, cols = check_grid(grid)
-    canvas = image.resize((cols * tile, rows * tile), resample)
-    corners = [(col * tile, row * tile) for row in range(rows) for col in range(cols)]
-    tiles = [canvas.crop((x, y, x + tile, y + tile)) for x, y in corners]
-    return tiles if rows * cols == 1 else [*tiles, image.resize((tile, tile), resample)]
+    """Cuts a picture, stretched to the canvas, into tiles of `tile` px (a side, or height and width).
 
-
-def token_positions(grid: tuple[int, int], side: int) -> np.ndarray:
-    """Returns (1, y, x) for each token of `split`'s tiles, `side` x `side` tokens in each.
-
-    Returns:
-        [tiles * side * side, 3] float32; y and x are the token centre as a fraction of the source picture.
+    A thumbnail follows unless the grid is 1x1.
     """
     rows, cols = check_grid(grid)
-    centres = (np.arange(side) + 0.5) / side
+    height, width = (tile, tile) if isinstance(tile, int) else tile
+    canvas = image.resize((cols * width, rows * height), resample)
+    corners = [(col * width, row * height) for row in range(rows) for col in range(cols)]
+    tiles = [canvas.crop((x, y, x + width, y + height)) for x, y in corners]
+    return tiles if rows * cols == 1 else [*tiles, image.resize((width, height), resample)]
+
+
+def token_positions(grid: tuple[int, int], side: int | tuple[int, int]) -> np.ndarray:
+    """Returns (1, y, x) for each token of `split`'s tiles, `side` x `side` (or rows x cols) tokens in each.
+
+    Returns:
+        [tiles * tokens of a tile, 3] float32; y and x are the token centre as a fraction of the source picture.
+    """
+    rows, cols = check_grid(grid)
+    down, across = ((np.arange(n) + 0.5) / n for n in ((side, side) if isinstance(side, int) else side))
 
     def view(top: float, left: float, height: float, width: float) -> np.ndarray:
-        y, x = np.meshgrid(top + centres * height, left + centres * width, indexing="ij")
+        y, x = np.meshgrid(top + down * height, left + across * width, indexing="ij")
         return np.stack([np.ones_like(y), y, x], axis=-1).reshape(-1, 3)
 
     views = [view(row / rows, col / cols, 1 / rows, 1 / cols) for row in range(rows) for col in range(cols)]
     if rows * cols > 1:
         views.append(view(0, 0, 1, 1))
     return np.concatenate(views).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one picture is cut: `grid` (rows, cols) of tiles of `size` (height, width) px, a thumbnail of that size last.
+
+    `side` is (rows, cols) of the tokens of each. A grid of 1x1 is the whole picture, and has no thumbnail.
+    """
+
+    grid: tuple[int, int]
+    size: tuple[int, int]
+    side: tuple[int, int]
+
+    @property
+    def num_tiles(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_views(self) -> int:
+        """Tiles and thumbnail."""
+        return self.num_tiles + (self.num_tiles > 1)
+
+    @property
+    def tokens_per_view(self) -> int:
+        return self.side[0] * self.side[1]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_views * self.tokens_per_view
+
+    def views(self) -> Iterator[tuple[Literal["image", "thumbnail"], int | None, np.ndarray]]:
+        """Yields kind, tile number and token positions [tokens, 3] of each view, tiles in row-major order."""
+        positions = np.split(token_positions(self.grid, self.side), self.num_views)
+        for i, centres in enumerate(positions):
+            yield ("image", i, centres) if i < self.num_tiles else ("thumbnail", None, centres)
+
+    def cut(self, image: Image.Image, resample: Image.Resampling | int) -> list[Image.Image]:
+        """Returns the pictures of `views`."""
+        return split(image, self.grid, self.size, resample)
 
 
 def to_array(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
