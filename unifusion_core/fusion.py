@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor, nn
 
 from .condition import Condition
 from .conditioning.hidden_states import HiddenStates
-from .conditioning.lap import LayerwiseAttentionPooling
 from .conditioning.refiner import Refiner
 from .presets import ModelSpec
 
@@ -22,35 +22,55 @@ class FusionHead:
     """
 
     spec: ModelSpec
-    lap: LayerwiseAttentionPooling
+    lap: nn.Module
     refiner: Refiner
     drop_layers: tuple[int, ...] = ()
 
     @torch.no_grad()
     def pool(self, hidden: HiddenStates) -> HiddenStates:
-        """LAP: states [B, T, L, E] → [B, T, 1, E], spans and positions kept.
+        """LAP, or its rival: states [B, T, L, E] → [B, T, 1, slots E], spans and positions kept.
 
         Raises:
             ValueError: the states come from another VLM or other layers than the head was trained on.
         """
         check_vlm(self.spec, hidden.vlm, hidden.layers)
-        like = next(self.lap.parameters())
+        like = next(parameter for parameter in self.refiner.parameters() if parameter.ndim > 1)  # norms may be wider
         hidden = hidden.to(like.device, like.dtype)
-        if self.spec.refiner_place == "before":
-            states = hidden.states.movedim(2, 1).flatten(0, 1)
-            mask = hidden.mask.repeat_interleave(hidden.states.shape[2], 0)
-            states = self.refiner(states, mask).unflatten(0, (len(hidden.mask), -1)).movedim(1, 2)
-            hidden = replace(hidden, states=states)
-        return replace(hidden, states=self.lap(hidden.states, drop_layers=self.drop_layers)[:, :, None])
+        pooled = pool(self.spec, self.lap, self.refiner, hidden.states, hidden.mask, self.drop_layers)
+        return replace(hidden, states=pooled[:, :, None])
 
     @torch.no_grad()
     def refine(self, pooled: HiddenStates) -> Condition:
         """The refiner over one sequence of pooled tokens → what enters the DiT."""
         mask = None if bool(pooled.mask.all()) else pooled.mask
-        tokens = pooled.states.squeeze(2)
-        if self.spec.refiner_place == "after":
-            tokens = self.refiner(tokens, mask)
+        tokens = refine(self.spec, self.refiner, pooled.states.squeeze(2), mask)
         return Condition(tokens, mask, pooled.positions if bool(pooled.positions.any()) else None)
+
+
+def pool(
+    spec: ModelSpec,
+    lap: nn.Module,
+    refiner: nn.Module,
+    states: Tensor,
+    mask: Tensor | None,
+    drop_layers: Sequence[int] = (),
+) -> Tensor:
+    """States [B, T, L, E] → pooled tokens [B, T, slots E], with gradients; a refiner placed before works in here."""
+    if spec.refiner_place == "before":
+        layers = states.movedim(2, 1).flatten(0, 1)  # each layer is a sequence of its own
+        masks = None if mask is None else mask.repeat_interleave(states.shape[2], 0)
+        states = refiner(layers, masks).unflatten(0, (len(states), -1)).movedim(1, 2)
+    return lap(states, drop_layers=drop_layers).flatten(2)
+
+
+def refine(spec: ModelSpec, refiner: nn.Module, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Pooled tokens [B, T, slots E] → what enters the DiT, of the same shape, with gradients."""
+    if spec.refiner_place != "after":
+        return tokens
+    slots = spec.lap.slots
+    alone = tokens.unflatten(-1, (slots, -1)).movedim(2, 1).flatten(0, 1)  # each slot is a sequence of its own
+    masks = None if mask is None else mask.repeat_interleave(slots, 0)
+    return refiner(alone, masks).unflatten(0, (-1, slots)).movedim(1, 2).flatten(2)
 
 
 def check_vlm(spec: ModelSpec, identity: str, layers: Sequence[int]) -> None:

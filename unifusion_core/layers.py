@@ -34,6 +34,14 @@ def check_mask(mask: Tensor | None, tokens: Tensor) -> None:
         raise ValueError(f"mask must be bool {list(tokens.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
 
 
+def check_states(states: Tensor, num_layers: int, width: int, drop_layers: Sequence[int] = ()) -> None:
+    """Raise ValueError unless `states` are [B, T, num_layers, width] and the dropped layers lie among them."""
+    if states.ndim != 4 or states.shape[2:] != (num_layers, width):
+        raise ValueError(f"states must be [B, T, {num_layers} layers, {width} wide], got {list(states.shape)}")
+    if unknown := [layer for layer in drop_layers if not 0 <= layer < num_layers]:
+        raise ValueError(f"drop_layers must lie in 0..{num_layers - 1}, got {unknown}")
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, scaled by 1 + weight; computed in float32, returned in x's dtype."""
 
@@ -92,12 +100,21 @@ class GatedAttention(nn.Module):
         self.norm_k = RMSNorm(self.head_dim, eps)
         self.to_out = operations.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, rotary: RotaryTables | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        rotary: RotaryTables | None = None,
+        beside: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Attend among x [B, T, D] and to `beside`, keys and values [B, T', H', K] that come first in the mask."""
         q = self.norm_q(self.to_q(x).unflatten(-1, (-1, self.head_dim)))  # [B, T, H, K]
         k = self.norm_k(self.to_k(x).unflatten(-1, (-1, self.head_dim)))
         v = self.to_v(x).unflatten(-1, (-1, self.head_dim))
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        if beside is not None:
+            k, v = torch.cat((beside[0], k), dim=1), torch.cat((beside[1], v), dim=1)
         if self.group_size > 1:  # Every SDPA kernel takes equal heads; not every one takes enable_gqa with a mask.
             k, v = k.repeat_interleave(self.group_size, dim=2), v.repeat_interleave(self.group_size, dim=2)
         out = self.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # [B, H, T, K]

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..layers import Attention, TransformerBlock, init_linears, sdpa
+from ..layers import Attention, TransformerBlock, check_states, init_linears, sdpa
 
 MAX_CHUNK_SIZE = 32768  # CUDA's fused attention kernels fail at 65,536 rows (pytorch #142228)
 
@@ -28,6 +29,12 @@ class LAPSpec:
     intermediate_size: int
     depth: int = 2
     eps: float = 1e-5
+    kind: Literal["lap"] = "lap"
+
+    @property
+    def slots(self) -> int:
+        """Vectors per token."""
+        return 1
 
 
 class LayerwiseAttentionPooling(nn.Module):
@@ -61,14 +68,9 @@ class LayerwiseAttentionPooling(nn.Module):
         Raises ValueError if L or E is not the spec's, or an index or the chunk size is out of range.
         """
         spec = self.spec
-        if states.ndim != 4 or states.shape[2:] != (spec.num_layers, spec.width):
-            raise ValueError(
-                f"states must be [B, T, {spec.num_layers} layers, {spec.width} wide], got {list(states.shape)}"
-            )
+        check_states(states, spec.num_layers, spec.width, drop_layers)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-        if unknown := [layer for layer in drop_layers if not 0 <= layer < spec.num_layers]:
-            raise ValueError(f"drop_layers must lie in 0..{spec.num_layers - 1}, got {unknown}")
 
         keep = None
         if drop_layers:

@@ -26,8 +26,10 @@ from ..layers import (
     rotary_tables,
     sdpa,
 )
+from .injection import KeysAndValues, ResidualAddition
 
 ImagePositions = Literal["zero", "source"]
+Injection = Literal["input", "keys", "residual"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,8 @@ class DiTSpec:
     in_channels: C of the latents, before patches. condition_width: E. axes_dim: channels of a head turned by the three
     rotary axes (0, row, column), together head_dim. image_positions: where condition tokens that come from an image
     stand among the rotary positions: all at zero as in Krea 2, or at their place in the source, laid over the latents.
+    injection: where the condition enters: in the input sequence (the paper's choice), as keys and values of every
+    attention, or in the input and again behind every block (`injection.py`).
     """
 
     in_channels: int
@@ -52,6 +56,7 @@ class DiTSpec:
     theta: float = 1000.0
     eps: float = 1e-5
     image_positions: ImagePositions = "zero"
+    injection: Injection = "input"
 
     def __post_init__(self):
         object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
@@ -61,6 +66,13 @@ class DiTSpec:
             raise ValueError(f"timestep_dim must be even, got {self.timestep_dim}")
         if self.image_positions not in get_args(ImagePositions):
             raise ValueError(f"image_positions must be one of {get_args(ImagePositions)}, got {self.image_positions!r}")
+        if self.injection not in get_args(Injection):
+            raise ValueError(f"injection must be one of {get_args(Injection)}, got {self.injection!r}")
+
+    @property
+    def slots(self) -> int:
+        """Vectors that a condition token brings, each E wide: one for every place where it enters."""
+        return {"input": 1, "keys": self.depth, "residual": self.depth + 1}[self.injection]
 
     @property
     def width(self) -> int:
@@ -123,10 +135,17 @@ class DiTBlock(nn.Module):
         self.norm2 = RMSNorm(spec.width, spec.eps)
         self.ff = SwiGLU(spec.width, spec.intermediate_size, operations)
 
-    def forward(self, x: Tensor, modulation: Tensor, rotary: RotaryTables, mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        rotary: RotaryTables,
+        mask: Tensor | None,
+        beside: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         modulation = modulation + self.scale_shift_table.to(modulation)  # [B, 1, 6, D]
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation.unbind(-2)
-        out = self.attn(torch.addcmul(shift1, 1.0 + scale1, self.norm1(x)), mask, rotary)
+        out = self.attn(torch.addcmul(shift1, 1.0 + scale1, self.norm1(x)), mask, rotary, beside)
         x = torch.addcmul(x, gate1, out)
         out = self.ff(torch.addcmul(shift2, 1.0 + scale2, self.norm2(x)))
         return torch.addcmul(x, gate2, out)
@@ -153,23 +172,39 @@ class DiT(nn.Module):
         super().__init__()
         self.spec = spec
         width, patch_channels = spec.width, spec.in_channels * spec.patch_size**2
-        self.txt_in = ConditionProjection(spec.condition_width, width, spec.eps, operations)
+        if spec.injection != "keys":
+            self.txt_in = ConditionProjection(spec.condition_width, width, spec.eps, operations)
         self.img_in = operations.Linear(patch_channels, width)
         self.time_embed = TimestepEmbedding(spec.timestep_dim, width, operations)
         self.time_mod_proj = operations.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(DiTBlock(spec, operations, attention) for _ in range(spec.depth))
         self.final_layer = FinalLayer(width, patch_channels, spec.eps, operations)
+        if spec.injection == "keys":
+            heads = spec.num_kv_heads or spec.num_heads
+            self.injections = nn.ModuleList(
+                KeysAndValues(spec.condition_width, heads, spec.head_dim, spec.eps, operations)
+                for _ in range(spec.depth)
+            )
+        if spec.injection == "residual":
+            self.injections = nn.ModuleList(
+                ResidualAddition(spec.condition_width, width, spec.eps, operations) for _ in range(spec.depth)
+            )
 
     def init_weights(self) -> None:
         """Start training from scratch: the velocity is zero, the gates of the blocks are about 0.1 at any width."""
         init_linears(self)
         nn.init.normal_(self.time_mod_proj.weight, std=0.3 / math.sqrt(self.spec.width))
         nn.init.zeros_(self.final_layer.linear.weight)
+        if self.spec.injection == "residual":
+            for injection in self.injections:
+                nn.init.zeros_(injection.linear.weight)
 
     def forward(
         self, latents: Tensor, t: Tensor, tokens: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """Velocity [B, C, h, w] at latents [B, C, h, w] and flow time t [B] (1 noise, 0 data), given tokens [B, T, E].
+
+        With more slots than one, a token's vectors stand behind each other: [B, T, slots E].
 
         mask [B, T]: True = real token; None = all real, which keeps the fast attention kernels.
         positions [B, T, 3]: (is_image, y, x) with the token's centre as fractions of its source image; None = all zero.
@@ -185,9 +220,19 @@ class DiT(nn.Module):
         if mask is not None:
             mask = key_mask(F.pad(mask, (0, num_rows * num_columns), value=True))
 
-        x = torch.cat((self.txt_in(tokens), self.img_in(pack(latents, p))), dim=1)  # [B, T+N, D]
-        for block in self.blocks:
+        slots = tokens.unflatten(-1, (self.spec.slots, -1)).unbind(2)  # each [B, T, E]
+        x = self.img_in(pack(latents, p))
+        if self.spec.injection == "keys":
+            rotary = tuple(table[:, num_tokens:] for table in rotary)
+            for block, injection, slot in zip(self.blocks, self.injections, slots, strict=True):
+                x = block(x, modulation, rotary, mask, injection(slot))
+            return unpack(self.final_layer(x, time), num_rows, num_columns, p)
+        x = torch.cat((self.txt_in(slots[0]), x), dim=1)  # [B, T+N, D]
+        for number, block in enumerate(self.blocks):
             x = block(x, modulation, rotary, mask)
+            if self.spec.injection == "residual":
+                added = self.injections[number](slots[number + 1])
+                x = torch.cat((x[:, :num_tokens] + added, x[:, num_tokens:]), dim=1)
         return unpack(self.final_layer(x[:, num_tokens:], time), num_rows, num_columns, p)
 
     def _rotary(self, tokens: Tensor, positions: Tensor | None, num_rows: int, num_columns: int) -> RotaryTables:
@@ -214,8 +259,9 @@ class DiT(nn.Module):
             )
         if t.shape != (batch,):
             raise ValueError(f"t must be [{batch}], one time for each latent, got {list(t.shape)}")
-        if tokens.ndim != 3 or tokens.shape[0] != batch or tokens.shape[2] != spec.condition_width:
-            raise ValueError(f"tokens must be [{batch}, T, {spec.condition_width}], got {list(tokens.shape)}")
+        width = spec.slots * spec.condition_width
+        if tokens.ndim != 3 or tokens.shape[0] != batch or tokens.shape[2] != width:
+            raise ValueError(f"tokens must be [{batch}, T, {width}], got {list(tokens.shape)}")
         check_mask(mask, tokens)
         if positions is not None and positions.shape != (*tokens.shape[:2], 3):
             raise ValueError(f"positions must be {[*tokens.shape[:2], 3]}, got {list(positions.shape)}")

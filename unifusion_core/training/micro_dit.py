@@ -17,19 +17,20 @@ import torch
 from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
-from ..conditioning.lap import LayerwiseAttentionPooling
+from ..conditioning.pooling import build_pooling
 from ..conditioning.refiner import Refiner
 from ..conditioning.vlm.tiling import split, token_positions
 from ..diffusion import flow
 from ..diffusion.dit import DiT
 from ..diffusion.vae import VAE
+from ..fusion import pool, refine
 from ..microworld.caption import caption
 from ..microworld.edits import sample_edit
 from ..microworld.phrases import CAPTION_PATTERNS
 from ..microworld.prompts import sample_prompt
 from ..microworld.render import render, render_array
 from ..microworld.scene import Scene, sample_scene
-from ..presets import micro
+from ..presets import ModelSpec, micro
 from .loop import LoopSpec, fit
 from .micro_vlm import TEXT_MIX, TILE, TOKENS, Collator, Row, normalize, tapped
 
@@ -53,7 +54,7 @@ GRIDS = (None, (3, 3), (2, 2), (3, 3), (1, 1), (3, 3))  # of tiles, in turn; nin
 TILED, TILED_NOISES = 5, 2  # tiled pictures a step, and noise levels of each
 SMALL_SHARE = 0.3  # of the tiled pictures are 64 px, so that tiles are seen at every scale
 
-Keep = Literal["image", "rewrite", "both"]
+Keep = Literal["image", "rewrite", "both", "prompt"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +78,23 @@ class Group:
 
 
 class Generator(nn.Module):
-    """The trained half: LAP, refiner and DiT."""
+    """The trained half: LAP or a rival, refiner and DiT."""
 
-    def __init__(self) -> None:
+    def __init__(self, spec: ModelSpec = SPEC) -> None:
         super().__init__()
-        self.lap = LayerwiseAttentionPooling(SPEC.lap)
-        self.refiner = Refiner(SPEC.refiner)
-        self.dit = DiT(SPEC.dit)
+        self.spec = spec
+        self.lap = build_pooling(spec.lap)
+        self.refiner = Refiner(spec.refiner)
+        self.dit = DiT(spec.dit)
 
     def init_weights(self) -> None:
         for part in (self.lap, self.refiner, self.dit):
             part.init_weights()
+
+    def fuse(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        """States [B, T, L, E] → what enters the DiT."""
+        pooled = pool(self.spec, self.lap, self.refiner, states, mask)
+        return refine(self.spec, self.refiner, pooled, mask)
 
 
 class Trainee(nn.Module):
@@ -116,7 +123,7 @@ class Trainee(nn.Module):
         frozen = self._frozen[0].to(next(self.generator.parameters()).device)
         states, mask, positions = frozen.states(group.samples)
         latents, weight = frozen.latents(group.samples)
-        tokens = self.generator.refiner(self.generator.lap(states), mask)
+        tokens = self.generator.fuse(states, mask)
         repeat = group.noises
         if repeat > 1:
             tokens, latents, weight, positions = (
@@ -133,7 +140,14 @@ class Trainee(nn.Module):
 class Frozen:
     """The micro VLM and VAE as teachers: samples → tapped states, target latents and loss weights."""
 
-    def __init__(self, vlm: InternVLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, vae: VAE) -> None:
+    def __init__(
+        self,
+        vlm: InternVLForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerFast,
+        vae: VAE,
+        layers: Sequence[int] = SPEC.layers,
+    ) -> None:
+        self.layers = tuple(layers)
         self.vlm, self.vae = vlm.eval().requires_grad_(False), vae.eval().requires_grad_(False)
         self.collate = Collator(tokenizer)
 
@@ -152,7 +166,7 @@ class Frozen:
         ids = torch.tensor([s + [0] * (longest - len(s)) for s in sequences], device=device)
         tiles = [tile for sample in samples for tile in sample.row.tiles]
         extra = {"pixel_values": normalize(np.stack(tiles)).to(device)} if tiles else {}
-        with tapped(self.vlm) as taps:
+        with tapped(self.vlm, self.layers) as taps:
             self.vlm.model(input_ids=ids, use_cache=False, **extra)
         states = torch.stack(taps["layers"], dim=2)
         length = max(map(len, kept))
@@ -166,13 +180,15 @@ class Frozen:
 
     def _sequence(self, sample: Sample) -> tuple[list[int], list[int], np.ndarray]:
         row, collate = sample.row, self.collate
-        head = collate.head + collate.images(row)
-        ids = head + collate.encode(row.prompt) + collate.middle
+        head, prompt = collate.head + collate.images(row), collate.encode(row.prompt)
+        ids = head + prompt + collate.middle
+        if sample.keep == "prompt" and prompt:  # no rewriting: the user's own words condition the picture
+            return ids, list(range(len(head), len(head) + len(prompt))), np.zeros((len(prompt), 3), np.float32)
         written = collate.encode(caption(row.target)) if row.target is not None else []
         if sample.keep != "image" and not written:
             written = [collate.end]  # the empty condition: a rewrite that is nothing but its end
         image = self.vlm.config.image_token_id
-        kept = [i for i, token in enumerate(head) if token == image] if sample.keep != "rewrite" else []
+        kept = [i for i, token in enumerate(head) if token == image] if sample.keep in ("image", "both") else []
         spots = token_positions(sample.grid, 4) if kept else np.zeros((0, 3), np.float32)
         if not sample.thumbnail:
             kept, spots = kept[:-TOKENS], spots[:-TOKENS]

@@ -344,15 +344,15 @@ def pixel_loss(predicted: Tensor, pixels: Tensor) -> Tensor:
 
 
 @contextmanager
-def tapped(vlm: InternVLForConditionalGeneration) -> Iterator[dict]:
-    """Collects what the tapped layers and the projector put out during a training forward."""
+def tapped(vlm: InternVLForConditionalGeneration, taps_at: Sequence[int] = TAPS) -> Iterator[dict]:
+    """Collects what the tapped layers, each of 1 to their number, and the projector put out during a training forward."""
     taps: dict = {"layers": [], "projector": None}
     layers = vlm.get_decoder().layers
     handles = [
         layers[i - 1].register_forward_hook(
             lambda _, __, out: taps["layers"].append(out[0] if isinstance(out, tuple) else out)
         )
-        for i in TAPS
+        for i in taps_at
     ]
     handles.append(vlm.model.multi_modal_projector.register_forward_hook(lambda _, __, out: taps.update(projector=out)))
     try:
