@@ -11,12 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoint import load_checkpoint, load_into, save_checkpoint
 from .condition import Condition
-from .conditioning.hidden_states import HiddenStates
-from .conditioning.lap import LayerwiseAttentionPooling
+from .conditioning.hidden_states import KEEP, HiddenStates, SpanKind
+from .conditioning.pooling import build_pooling
+from .conditioning.profiles import PROFILES, EncoderProfile
 from .conditioning.refiner import Refiner
 from .conditioning.verifi import Rewrites, replay, rewrite
 from .conditioning.vlm import FrozenVLM, Request, load_vlm
@@ -24,17 +25,31 @@ from .diffusion.dit import DiT
 from .diffusion.flow import Velocity, timesteps
 from .diffusion.sampler import Callback, guided, initial_noise, sample_euler, sample_heun
 from .diffusion.schedule import Mix, parse_schedule, resolve, velocity_at
-from .diffusion.vae import VAE, VAESpec
+from .diffusion.vae import VAE, QwenImageVAE, VAESpec
 from .fusion import FusionHead, check_vlm
+from .krea2 import is_krea2, load_krea2
 from .presets import ModelSpec, spec_from_dict, spec_to_dict
 
 WEIGHTS = Path(__file__).parent / "weights"
 EMBEDDED = {"micro": "edit", "micro-base": "base"}  # final model (stage 2), and stage 1, which never saw an edit
 SAMPLERS = {"euler": sample_euler, "heun": sample_heun}
-TRACKS = {"image": ("image", "thumbnail"), "text": ("rewrite",), "all": ("image", "thumbnail", "rewrite")}
+PICTURE: tuple[SpanKind, ...] = ("image", "thumbnail")
+TEMPLATE: tuple[SpanKind, ...] = ("prefix", "system", "marker")
+PAPER = "image + rewrite"  # the mode of `KEEP` in Sec. 3
 MAX_SIDE = 4096  # px
 
 Sampler = Literal["euler", "heun"]
+
+
+def tracks_of(kinds: Sequence[SpanKind], images: bool, text: bool = True) -> dict[str, tuple[SpanKind, ...]]:
+    """Divides the tokens that reach the DiT into tracks of a schedule: `image`, `text`, and `all` where there are both.
+
+    images, text: whether there are any; what only the chat text brings does not count as text.
+    """
+    picture = tuple(kind for kind in kinds if kind in PICTURE) if images else ()
+    words = tuple(kind for kind in kinds if kind not in PICTURE) if text or not picture else ()
+    tracks = {"image": picture, "text": words, "all": tuple(kinds) if picture and words else ()}
+    return {name: kinds for name, kinds in tracks.items() if kinds}
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +85,10 @@ class UniFusion:
         self,
         spec: ModelSpec,
         vlm: FrozenVLM,
-        lap: LayerwiseAttentionPooling,
+        lap: nn.Module,
         refiner: Refiner,
         dit: DiT,
-        vae: VAE,
+        vae: VAE | QwenImageVAE,
     ) -> None:
         check_vlm(spec, vlm.identity, vlm.layers)
         self.spec, self.vlm, self.vae = spec, vlm, vae
@@ -87,39 +102,63 @@ class UniFusion:
     def device(self) -> torch.device:
         return next(self.dit.parameters()).device
 
+    @property
+    def profile(self) -> EncoderProfile | None:
+        """How the DiT was conditioned, where it was trained on more than our own layout of tokens."""
+        return None if self.spec.profile is None else PROFILES[self.spec.profile]
+
     # Prompt and images → conditions.
 
     def rewrite(self, requests: Sequence[Request], **settings) -> Rewrites:
         """VERIFI; `settings` are those of `conditioning.verifi.rewrite`."""
         return rewrite(self.vlm, requests, **settings)
 
-    def prepare(self, requests: Sequence[Request], *, rewriting: bool = True, **settings) -> Conditions:
-        """Requests → conditions; with rewriting off, the instruction's own tokens stand in for the rewrite's."""
+    def prepare(
+        self, requests: Sequence[Request], *, rewriting: bool = True, keep: str | None = None, **settings
+    ) -> Conditions:
+        """Requests → conditions.
+
+        Args:
+            rewriting: by VERIFI, with these `settings`; if not, the prompt's own tokens stand in for the rewrite's, in
+                the chat text of the model's profile if it has one.
+            keep: mode of `KEEP`, the tokens that reach the DiT; None = the paper's, or without rewriting the profile's.
+        """
+        kinds = self.kinds(rewriting, keep)
         if rewriting:
             rewrites = self.rewrite(requests, **settings)
-            return replace(self.conditions(rewrites.hidden_states), texts=tuple(rewrites.texts), rewrites=rewrites)
+            return replace(
+                self.conditions(rewrites.hidden_states, kinds), texts=tuple(rewrites.texts), rewrites=rewrites
+            )
         for row, request in enumerate(requests):
             if not request.prompt.strip():
                 raise ValueError(f"request {row}: the prompt is empty; say what the picture should show")
-        return self.conditions(self.vlm.encode(requests), text_kind="instruction")
+        return self.conditions(self.vlm.encode([self._plain(request) for request in requests]), kinds)
 
-    def replay(self, requests: Sequence[Request], texts: Sequence[str]) -> Conditions:
+    def replay(self, requests: Sequence[Request], texts: Sequence[str], keep: str | None = None) -> Conditions:
         """Conditions from rewrites that are already known or were written by hand, by one forward."""
         ids = [self.vlm.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-        return replace(self.conditions(replay(self.vlm, requests, ids)), texts=tuple(texts))
+        hidden = replay(self.vlm, requests, ids)
+        return replace(self.conditions(hidden, self.kinds(True, keep)), texts=tuple(texts))
+
+    def kinds(self, rewriting: bool = True, keep: str | None = None) -> tuple[SpanKind, ...]:
+        """Which tokens reach the DiT.
+
+        Raises:
+            ValueError: an unknown mode of `KEEP`.
+        """
+        if keep is not None and keep not in KEEP:
+            raise ValueError(f"keep {keep!r}: expected one of {', '.join(KEEP)}")
+        if keep is None and not rewriting:
+            return self.profile.kinds if self.profile else (*PICTURE, "instruction")
+        return KEEP[keep or PAPER]
 
     @torch.no_grad()
-    def conditions(self, hidden: HiddenStates, text_kind: str = "rewrite") -> Conditions:
+    def conditions(self, hidden: HiddenStates, kinds: Sequence[SpanKind] = KEEP[PAPER]) -> Conditions:
         """Hidden states → tracks. LAP runs once; each track is refined by itself, since refining mixes its tokens."""
         pooled = self.pool(hidden)
         present = {span.kind for row in hidden.spans for span in row}
-        tracks = {}
-        for track, kinds in TRACKS.items():
-            kinds = tuple(text_kind if kind == "rewrite" else kind for kind in kinds)
-            needed = {"image": {"image"}, "text": {text_kind}, "all": {"image", text_kind}}[track]
-            if needed <= present:
-                tracks[track] = self.refine(pooled.select(*kinds))
-        return Conditions(tracks)
+        tracks = tracks_of(kinds, "image" in present, bool(present & set(kinds) - {*PICTURE, *TEMPLATE}))
+        return Conditions({name: self.refine(pooled.select(*kinds)) for name, kinds in tracks.items()})
 
     def pool(self, hidden: HiddenStates, drop_layers: Sequence[int] = ()) -> HiddenStates:
         """LAP, as `FusionHead.pool`."""
@@ -130,10 +169,21 @@ class UniFusion:
         return self.fusion.refine(pooled)
 
     def empty(self) -> Condition:
-        """The true empty condition, for guidance; computed once."""
+        """The true empty condition, for guidance; computed once. With a profile, its empty prompt, as in training."""
         if self._empty is None:
-            self._empty = self.refine(self.pool(self.vlm.encode_empty()))
+            if self.profile:
+                hidden = self.vlm.encode([self._plain(Request(""))]).select(*self.profile.kinds)
+            else:
+                hidden = self.vlm.encode_empty()
+            self._empty = self.refine(self.pool(hidden))
         return self._empty
+
+    def _plain(self, request: Request) -> Request:
+        """A request in the chat text that the model was trained on, unless it brings its own."""
+        if self.profile is None or request.template is not None:
+            return request
+        template = self.profile.template_for(request.prompt, len(request.images))
+        return replace(request, template=template, image_label=self.profile.image_label)
 
     # Conditions and noise → image.
 
@@ -142,7 +192,8 @@ class UniFusion:
 
         def velocity(x: Tensor, t: Tensor, step: int) -> Tensor:
             rows = _for_rows(condition, len(x))
-            return self.dit(x, t, rows.tokens, rows.mask, rows.positions)
+            dtype = self.dit.img_in.weight.dtype  # the solver itself stays in x's
+            return self.dit(x.to(dtype), t, rows.tokens.to(dtype), rows.mask, rows.positions).to(x.dtype)
 
         return velocity
 
@@ -204,9 +255,10 @@ class UniFusion:
             raise ValueError(f"guidance must be a finite number, got {guidance}")
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-        times = timesteps(steps, self.spec.shift)
+        shape = self.latent_shape(size or self.spec.size)
+        times = timesteps(steps, self.spec.shift_at(math.prod(shape[1:]) // self.spec.dit.patch_size**2))
         mixes = resolve(parse_schedule(schedule, tracks), steps, times)
-        return Plan(times, mixes, guidance, self.latent_shape(size or self.spec.size))
+        return Plan(times, mixes, guidance, shape)
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         pixels = self.vae.decode(latents).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -236,25 +288,37 @@ class UniFusion:
         rewriting: bool = True,
         rewrite_settings: Mapping[str, Any] | None = None,
         max_tiles: int = 9,
+        keep: str | None = None,
         **sampling,
     ) -> tuple[Image.Image, Conditions]:
         """One prompt → one picture, and what it was conditioned on; `sampling` goes to `sample`."""
         request = Request(prompt, tuple(images), max_tiles=max_tiles)
-        conditions = self.prepare([request], rewriting=rewriting, **(rewrite_settings or {}))
+        conditions = self.prepare([request], rewriting=rewriting, keep=keep, **(rewrite_settings or {}))
         return self.decode(self.sample(conditions, **sampling))[0], conditions
 
 
 def load_model(
-    name: str | Path = "micro", *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    name: str | Path = "micro",
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    **krea2,
 ) -> UniFusion:
     """Loads a whole model.
 
     Args:
         name: an embedded model ("micro", "micro-base"); a folder that holds `vlm/`, `vae.safetensors` and one of
-            `model`, `edit` or `base.safetensors`; or one such safetensors file in its folder.
+            `model`, `edit` or `base.safetensors`; one such safetensors file in its folder; or a folder or file of
+            Krea 2, with the further arguments of `krea2.load_krea2`.
+        dtype: None = float32, or the files' own for Krea 2.
     Raises:
         ValueError: no such model, or files that are missing, damaged or do not belong together.
     """
+    if name not in EMBEDDED and ((Path(name) / "model_index.json").is_file() or is_krea2(name)):
+        return UniFusion(*load_krea2(name, device=device, dtype=dtype, **krea2))
+    if given := [key for key, value in krea2.items() if value is not None]:
+        raise ValueError(f"{', '.join(given)}: only for a file of Krea 2, and {str(name)!r} is none")
+    dtype = dtype or torch.float32
     weights = _weights(name)
     spec, parts = load_generator(weights, device=device, dtype=dtype)
     vlm = load_vlm(weights.parent / "vlm", layers=spec.layers, device=device, dtype=dtype)
@@ -281,11 +345,11 @@ def _weights(name: str | Path) -> Path:
 
 def load_generator(
     path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[ModelSpec, tuple[LayerwiseAttentionPooling, Refiner, DiT]]:
+) -> tuple[ModelSpec, tuple[nn.Module, Refiner, DiT]]:
     """Loads LAP, refiner and DiT from one checkpoint."""
     data, tensors = load_checkpoint(path, device, dtype)
     spec = spec_from_dict(data)
-    parts = LayerwiseAttentionPooling(spec.lap), Refiner(spec.refiner), DiT(spec.dit)
+    parts = build_pooling(spec.lap), Refiner(spec.refiner), DiT(spec.dit)
     holder = torch.nn.ModuleDict(dict(zip(("lap", "refiner", "dit"), parts, strict=True))).to(device, dtype)
     load_into(holder, tensors, name=str(path))
     return spec, parts

@@ -1,13 +1,23 @@
-"""Images ↔ latents, by diffusers' AutoencoderKL."""
+"""Images ↔ latents, by diffusers' AutoencoderKL for our own models and AutoencoderKLQwenImage for Krea 2."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+_QWEN_DEFAULTS = {
+    name: tuple(parameter.default)
+    for name, parameter in inspect.signature(AutoencoderKLQwenImage.__init__).parameters.items()
+    if name.startswith("latents_")
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,22 +82,112 @@ class VAE(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] → images [B, 3, h·f, w·f] in 0..1."""
-        if latents.ndim != 4 or latents.shape[1] != self.spec.latent_channels:
-            raise ValueError(
-                f"latents of shape {tuple(latents.shape)} do not fit this VAE: it takes "
-                f"[batch, {self.spec.latent_channels}, height, width]"
-            )
+        _check_latents(latents, self.spec.latent_channels)
         raw = latents * _channelwise(self.latent_std) + _channelwise(self.latent_mean)
         return (self.decode_raw(raw) * 0.5 + 0.5).clamp(0, 1)
 
     def _checked(self, images: Tensor) -> Tensor:
-        factor = self.spec.compression
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
+        return _check_images(images, self.spec.compression)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenImageVAESpec:
+    """An AutoencoderKLQwenImage, Wan 2.1's architecture with Qwen-Image's weights, used on single pictures.
+
+    downsample_time: of each halving of the sides, whether it would halve the frames of a video too. latent_mean and
+    latent_std: of the raw latents, per channel; by default the numbers that belong to the public weights.
+    """
+
+    base_channels: int = 96
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    blocks_per_level: int = 2
+    downsample_time: tuple[bool, ...] = (False, True, True)
+    latent_channels: int = 16
+    latent_mean: tuple[float, ...] = _QWEN_DEFAULTS["latents_mean"]
+    latent_std: tuple[float, ...] = _QWEN_DEFAULTS["latents_std"]
+
+    def __post_init__(self) -> None:
+        for name in ("multipliers", "downsample_time", "latent_mean", "latent_std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not len(self.latent_mean) == len(self.latent_std) == self.latent_channels:
             raise ValueError(
-                f"images of shape {tuple(images.shape)} cannot be encoded: [batch, 3, height, width] with sides "
-                f"divisible by {factor} is accepted"
+                f"{self.latent_channels} latent channels with {len(self.latent_mean)} means and {len(self.latent_std)} "
+                "deviations; Qwen-Image's VAE has 16 of each"
             )
-        return images
+
+    @property
+    def compression(self) -> int:
+        return 2 ** len(self.downsample_time)
+
+
+class QwenImageVAE(nn.Module):
+    """`VAE`'s encode and decode by diffusers' AutoencoderKLQwenImage: a picture is a video of one frame."""
+
+    def __init__(self, spec: QwenImageVAESpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.autoencoder = AutoencoderKLQwenImage(
+            base_dim=spec.base_channels,
+            z_dim=spec.latent_channels,
+            dim_mult=list(spec.multipliers),
+            num_res_blocks=spec.blocks_per_level,
+            temperal_downsample=list(spec.downsample_time),
+            latents_mean=list(spec.latent_mean),
+            latents_std=list(spec.latent_std),
+        )
+        self.register_buffer("latent_mean", torch.tensor(spec.latent_mean, device="cpu"), persistent=False)
+        self.register_buffer("latent_std", torch.tensor(spec.latent_std, device="cpu"), persistent=False)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] in 0..1 → latents [B, C, H/f, W/f], the posterior's mode; H and W must divide by f."""
+        frames = (_check_images(images, self.spec.compression) * 2 - 1)[:, :, None]
+        raw = self.autoencoder.encode(frames.to(self.autoencoder.dtype)).latent_dist.mode()[:, :, 0]
+        return (raw - _channelwise(self.latent_mean)) / _channelwise(self.latent_std)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] → images [B, 3, h·f, w·f] in 0..1."""
+        _check_latents(latents, self.spec.latent_channels)
+        raw = latents * _channelwise(self.latent_std) + _channelwise(self.latent_mean)
+        frames = self.autoencoder.decode(raw[:, :, None].to(self.autoencoder.dtype)).sample
+        return (frames[:, :, 0].float() * 0.5 + 0.5).clamp(0, 1)
+
+
+def qwen_image_spec(config: Mapping[str, Any]) -> QwenImageVAESpec:
+    """The spec that diffusers' `vae/config.json` describes.
+
+    Raises:
+        ValueError: another class, or options that the public VAE does not use.
+    """
+    if (name := config.get("_class_name")) != AutoencoderKLQwenImage.__name__:
+        raise ValueError(f"a VAE of class {name!r}: Krea 2 uses {AutoencoderKLQwenImage.__name__}")
+    known = {"base_channels": "base_dim", "multipliers": "dim_mult", "blocks_per_level": "num_res_blocks"}
+    known |= {"downsample_time": "temperal_downsample", "latent_channels": "z_dim"}
+    known |= {"latent_mean": "latents_mean", "latent_std": "latents_std"}
+    fixed = {"attn_scales": [], "dropout": 0.0, "input_channels": 3}
+    if odd := {key: config[key] for key, value in fixed.items() if config.get(key, value) != value}:
+        raise ValueError(f"a VAE with {odd}: only Qwen-Image's own {fixed} is supported")
+    return QwenImageVAESpec(**{ours: config[theirs] for ours, theirs in known.items() if theirs in config})
+
+
+def from_wan(tensors: Mapping[str, Tensor]) -> tuple[QwenImageVAESpec, dict[str, Tensor]]:
+    """Spec and diffusers' names of a file in Wan's own naming, such as ComfyUI's `qwen_image_vae.safetensors`.
+
+    Raises:
+        ValueError: not such a VAE.
+    """
+    first, last = tensors.get("encoder.conv1.weight"), tensors.get("conv2.weight")
+    if first is None or last is None or "decoder.middle.0.residual.0.gamma" not in tensors:
+        raise ValueError("these are not the tensors of Qwen-Image's VAE; load qwen_image_vae.safetensors")
+    if "decoder.upsamples.0.upsamples.0.residual.2.weight" in tensors:
+        raise ValueError("this is Wan 2.2's VAE of 48 channels; Krea 2 uses qwen_image_vae.safetensors")
+    if first.shape[1] != 3:
+        raise ValueError(f"this VAE reads {first.shape[1]} channels; Krea 2's reads 3: load qwen_image_vae.safetensors")
+    return (
+        QwenImageVAESpec(base_channels=first.shape[0], latent_channels=last.shape[0]),
+        convert_wan_vae_to_diffusers(dict(tensors)),
+    )
 
 
 @torch.no_grad()
@@ -105,3 +205,19 @@ def preview_colors(vae: VAE, images: Tensor) -> tuple[tuple[float, float, float]
 
 def _channelwise(vector: Tensor) -> Tensor:
     return vector.view(1, -1, 1, 1)
+
+
+def _check_latents(latents: Tensor, channels: int) -> None:
+    if latents.ndim != 4 or latents.shape[1] != channels:
+        raise ValueError(
+            f"latents of shape {tuple(latents.shape)} do not fit this VAE: it takes [batch, {channels}, height, width]"
+        )
+
+
+def _check_images(images: Tensor, factor: int) -> Tensor:
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
+        raise ValueError(
+            f"images of shape {tuple(images.shape)} cannot be encoded: [batch, 3, height, width] with sides "
+            f"divisible by {factor} is accepted"
+        )
+    return images
