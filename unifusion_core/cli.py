@@ -14,12 +14,17 @@ from .verbs import (
     bench,
     check_target,
     demo,
+    evaluate_ab,
+    evaluate_dpg,
     evaluate_micro,
     evaluate_reconstruction,
+    evaluate_vqa,
     generate,
     rewrite,
     train,
 )
+
+KEEP_MODES = ("rewrite", "image + rewrite", "user turn", "think + rewrite", "think", "all", "everything")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,13 +68,15 @@ def _parser() -> argparse.ArgumentParser:
         verbs,
         "generate",
         generate,
-        [_common(), _model(), _request()],
+        [_common(), _model(), _krea2(), _request()],
         "draw a picture",
         'unifusion generate "a red heart at top-left and a star" --out heart.png\n'
         '  unifusion generate "make the heart blue" --image heart.png --edit --out blue.png',
     )
     verb.add_argument("--edit", action="store_true", help="change the first --image; the picture takes its size")
     verb.add_argument("--schedule", metavar="S", help="who speaks when, as 'image:0-0.15, text:0.15-1' (default: all)")
+    modes = ", ".join(map(repr, KEEP_MODES))
+    verb.add_argument("--keep", choices=KEEP_MODES, metavar="MODE", help=f"tokens that guide the picture: {modes}")
     verb.add_argument("--no-rewrite", dest="rewrite", action="store_false", help="use the prompt's own tokens")
     verb.add_argument("--steps", type=_whole(1, 10_000), metavar="N", help="default: the model's, 20 for micro")
     verb.add_argument("--guidance", type=_number, metavar="G", help="1 = none (default: the model's)")
@@ -84,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         verbs,
         "rewrite",
         rewrite,
-        [_common(), _model(), _request()],
+        [_common(), _model(), _krea2(), _request()],
         "print what the VLM makes of a prompt (VERIFI)",
         'unifusion rewrite "the shape with three sides in the color of grass"',
     )
@@ -115,11 +122,14 @@ def _parser() -> argparse.ArgumentParser:
     suite.add_argument("--tiles", type=_list(1), default=(1, 4, 9), metavar="N,…", help="default: 1,4,9")
     suite.add_argument("--cells", type=_whole(1, 6), default=6, metavar="C", help="of 32 px a side (default: 6)")
     suite.add_argument("--n", type=_whole(1), default=100, metavar="N", help="pictures (default: 100)")
+    _judged_suites(suites)
 
     verb = _verb(
         verbs, "bench", bench, [_common(), _model()], "measure speed, as ratios", "unifusion bench --json bench.json"
     )
-    verb.add_argument("--comfy", action="store_true", help="of the node pack in the ComfyUI on this machine instead")
+    where = verb.add_mutually_exclusive_group()
+    where.add_argument("--comfy", action="store_true", help="of the node pack in the ComfyUI on this machine instead")
+    where.add_argument("--gpu", action="store_true", help="of the paper's sizes, random weights, on this card")
 
     verb = _verb(
         verbs,
@@ -138,6 +148,94 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--list", action="store_true", help="describe the recipes")
     verb.set_defaults(device=None)  # accelerate chooses
     return parser
+
+
+def _judged_suites(suites) -> None:
+    """Those in which a VLM or people look at pictures."""
+    benchmark = [_common(), _model(default=None), _krea2(), _benchmark()]
+    suite = _verb(
+        suites,
+        "dpg",
+        evaluate_dpg,
+        benchmark,
+        "DPG-Bench, refined: questions about pictures, answered by a VLM that reasons first",
+        "unifusion evaluate dpg --prompts prompts --questions dpg_bench.csv --images pictures --judge VLM --out dpg\n"
+        "  unifusion evaluate dpg --prompts prompts --questions dpg_bench.csv --model MODEL --judge VLM --out dpg",
+    )
+    suite.add_argument("--questions", type=Path, required=True, metavar="CSV", help="DPG-Bench's dpg_bench.csv")
+    suite.add_argument("--questions-sha256", metavar="HASH", help="refuse another csv than this")
+    suite.add_argument(
+        "--max-new-tokens",
+        type=_whole(1),
+        default=512,
+        metavar="N",
+        help="of a reply with its reasons (default: 512)",
+    )
+    suite.add_argument(
+        "--failures", type=_whole(0), default=24, metavar="N", help="pictures on contact sheets (default: 24)"
+    )
+
+    suite = _verb(
+        suites,
+        "vqa",
+        evaluate_vqa,
+        benchmark,
+        "VQAScore: how likely a VLM says that a picture shows its prompt",
+        "unifusion evaluate vqa --prompts genai_image.json --skills genai_skills.json --images pictures --judge VLM "
+        "--out vqa",
+    )
+    suite.add_argument("--skills", type=Path, metavar="JSON", help="{tag: [ids]}, as GenAI-Bench's genai_skills.json")
+
+    suite = _verb(
+        suites,
+        "ab",
+        evaluate_ab,
+        [_common()],
+        "people choose between two models: a page to vote on, and what the votes come to",
+        "unifusion evaluate ab --a ours --b theirs --prompts prompts --out vote.html\n"
+        "  unifusion evaluate ab --votes votes-*.json --json ab.json",
+    )
+    suite.add_argument("--a", type=Path, metavar="DIR", help="pictures of the first model")
+    suite.add_argument("--b", type=Path, metavar="DIR", help="pictures of the second, of the same names")
+    suite.add_argument("--names", metavar="A,B", help="of the models, which voters never see (default: the folders')")
+    suite.add_argument("--prompts", type=Path, metavar="DIR|F", help="shown above the pictures: .txt, .json or .csv")
+    suite.add_argument("--sources", type=Path, metavar="DIR", help="pictures before the edit, shown beside")
+    suite.add_argument(
+        "--question", action="append", metavar="Q", help="may be repeated (default: Which picture is better?)"
+    )
+    suite.add_argument("--out", type=Path, metavar="F.html", help="where the page goes")
+    suite.add_argument("--votes", type=Path, nargs="+", metavar="F", help="files that voters saved: count them")
+    suite.add_argument(
+        "--least", type=_whole(1), default=3, metavar="N", help="votes a pair needs to count (default: 3)"
+    )
+
+
+def _benchmark() -> argparse.ArgumentParser:
+    options = _Parser(add_help=False)
+    options.add_argument("--prompts", type=Path, required=True, metavar="DIR|F", help="folder of ID.txt, .json or .csv")
+    options.add_argument("--prompts-sha256", metavar="HASH", help="refuse other prompts than these")
+    options.add_argument("--images", type=Path, metavar="DIR", help="pictures ID.png, ID-1.png … or ID/*.png")
+    options.add_argument("--grid", type=_grid, metavar="RxC", help="each of --images is a sheet of so many, as 2x2")
+    options.add_argument("--judge", type=Path, required=True, metavar="DIR", help="folder of the VLM that judges")
+    options.add_argument("--out", type=Path, required=True, metavar="DIR", help="for answers and scores; goes on there")
+    options.add_argument("--n", type=_whole(1), metavar="N", help="of the prompts the first N (default: all)")
+    options.add_argument("--batch-size", type=_whole(1), default=8, metavar="N", help="questions at once (default: 8)")
+    options.add_argument(
+        "--max-tiles", type=_whole(1, 100), default=9, metavar="N", help="of a picture for the judge (default: 9)"
+    )
+    drawing = options.add_argument_group("with --model")
+    drawing.add_argument(
+        "--count",
+        type=_whole(1, 256),
+        default=4,
+        metavar="N",
+        help="pictures each, of seeds S, S+1 … (default: 4)",
+    )
+    drawing.add_argument("--no-rewrite", dest="rewrite", action="store_false", help="use the prompt's own tokens")
+    drawing.add_argument("--steps", type=_whole(1, 10_000), metavar="N", help="default: the model's")
+    drawing.add_argument("--guidance", type=_number, metavar="G", help="default: the model's")
+    drawing.add_argument("--size", type=_size, metavar="WxH", help="in px (default: the model's)")
+    return options
 
 
 def _verb(verbs, name: str, run, parents: list, what: str, example: str) -> argparse.ArgumentParser:
@@ -163,9 +261,24 @@ def _common() -> argparse.ArgumentParser:
     return options
 
 
-def _model() -> argparse.ArgumentParser:
+def _model(default: str | None = "micro") -> argparse.ArgumentParser:
     options = _Parser(add_help=False)
-    options.add_argument("--model", default="micro", help="micro (default), micro-base, or a model folder")
+    names = f"micro{' (default)' if default else ''}, micro-base, or a folder or file of a model"
+    options.add_argument("--model", default=default, help=names)
+    return options
+
+
+def _krea2() -> argparse.ArgumentParser:
+    options = _Parser(add_help=False)
+    what = "with a single file of Krea 2 as --model: "
+    options.add_argument("--text-encoder", type=Path, metavar="F", help=what + "its qwen3vl_4b file or folder")
+    options.add_argument("--vae", type=Path, metavar="F", help=what + "its qwen_image_vae file or folder")
+    options.add_argument("--tokenizer", type=Path, metavar="DIR", help=what + "the folder of its tokenizer")
+    options.add_argument(
+        "--turbo",
+        action=argparse.BooleanOptionalAction,
+        help="whether Krea 2 is the few-step model (default: as its folder or its name says)",
+    )
     return options
 
 
@@ -206,6 +319,13 @@ def _number(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return value
+
+
+def _grid(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9])[xX]([1-9])", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of rows and columns, such as 2x2")
+    return int(match[1]), int(match[2])
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from .conditioning.vlm import FrozenVLM
+    from .evaluation.judge import VLMJudge
+    from .evaluation.pictures import Picture
+    from .evaluation.prompt_sets import Prompt
     from .pipeline import UniFusion
 
 LONGEST_EDIT_SIDE = 1024  # px; a photo edited without --size is shrunk to it
@@ -45,7 +48,7 @@ def generate(args: argparse.Namespace) -> Report:
     from .conditioning.vlm import Request, load_image
     from .diffusion.schedule import parse_schedule, silent_segments
     from .files import save_png
-    from .pipeline import TRACKS
+    from .pipeline import tracks_of
 
     start = time.perf_counter()
     if args.out.suffix.lower() != ".png":
@@ -58,20 +61,22 @@ def generate(args: argparse.Namespace) -> Report:
     size = args.size or (_size_of(images[0], model.multiple) if args.edit else model.spec.size)
     if args.edit and not args.size and size != images[0].size:
         _note(args, f"the source is {_px(images[0].size)} px, the picture will be {_px(size)}; --size chooses another")
-    tracks = [track for track, kinds in TRACKS.items() if images or "image" not in kinds]
-    schedule = f"{'all' if images else 'text'}:0-1" if args.schedule is None else args.schedule
+    tracks = tracks_of(model.kinds(args.rewrite, args.keep), bool(images))
+    schedule = f"{'all' if 'all' in tracks else next(iter(tracks))}:0-1" if args.schedule is None else args.schedule
     sampling = {"steps": args.steps, "guidance": args.guidance, "size": size, "sampler": args.sampler}
     plan = model.plan(tracks, schedule=schedule, **sampling)
     steps = len(plan.timesteps) - 1
     for segment in silent_segments(parse_schedule(schedule), steps, plan.timesteps):
         _warn(f"segment '{segment}' of the schedule covers none of the {steps} steps")
 
+    if untrained := _untrained(model, "image" in tracks):
+        _warn(untrained)
     request = Request(args.prompt, tuple(images), max_tiles=args.max_tiles)
     if args.rewrite:
         with _bar(args, args.max_new_tokens, "rewriting") as bar:
-            conditions = model.prepare([request], on_token=lambda *_: bar.update(), **_rewriting(args))
+            conditions = model.prepare([request], keep=args.keep, on_token=lambda *_: bar.update(), **_rewriting(args))
     else:
-        conditions = model.prepare([request], rewriting=False)
+        conditions = model.prepare([request], rewriting=False, keep=args.keep)
     _warn_of_unknown_words(model.vlm, args.prompt)
 
     with _bar(args, steps, "sampling") as bar:
@@ -88,12 +93,14 @@ def generate(args: argparse.Namespace) -> Report:
         "images": [str(path) for path in args.image],
         "max_tiles": args.max_tiles,
         "rewrite": _rewrite_report(conditions.rewrites.results[0]) if conditions.rewrites else None,
+        "keep": args.keep,
         "schedule": schedule,
         "steps": steps,
         "guidance": plan.guidance,
         "sampler": args.sampler,
         "size": list(size),
         "model": {"name": args.model, "spec": model.spec.name, "vlm": model.vlm.identity},
+        "warning": untrained,
     }
     if conditions.rewrites:
         print(conditions.texts[0])
@@ -160,12 +167,135 @@ def evaluate_reconstruction(args: argparse.Namespace) -> Report:
     return scores
 
 
+def evaluate_dpg(args: argparse.Namespace) -> Report:
+    from .evaluation import dpg_bench, failures
+    from .evaluation.dpg_scores import table
+    from .evaluation.prompt_sets import check_digest, read_prompts
+    from .files import save_json, save_png
+
+    _check_benchmark(args)
+    prompts, questions = read_prompts(args.prompts), dpg_bench.read_questions(args.questions)
+    digests = {
+        "prompts_sha256": check_digest(args.prompts, args.prompts_sha256),
+        "questions_sha256": check_digest(args.questions, args.questions_sha256),
+    }
+    if args.n:
+        prompts = {name: prompts[name] for name in [name for name in prompts if name in questions.items][: args.n]}
+        questions = questions.only(prompts)
+    pictures = _pictures(args, {name: prompt for name, prompt in prompts.items() if name in questions.items})
+    judge = _judge(args, reasoning=True, max_new_tokens=args.max_new_tokens)
+    with _progress(args) as progress:
+        scores = dpg_bench.evaluate(
+            prompts,
+            questions,
+            pictures,
+            judge,
+            args.out / "answers.jsonl",
+            batch_size=args.batch_size,
+            seed=args.seed,
+            progress=progress,
+        )
+    scores["meta"] |= {**digests, "prompts_are_published": digests["prompts_sha256"] == dpg_bench.PROMPTS_SHA256}
+    save_json(args.out / "report.json", scores)
+    shown = failures.worst(scores, questions.items, pictures, args.failures)
+    pages = failures.sheets(shown, "The pictures that fail most questions")
+    for old in args.out.glob("failures-*.png"):
+        old.unlink()
+    for number, page in enumerate(pages):
+        save_png(args.out / f"failures-{number + 1}.png", page)
+    print(table(scores))
+    undecided, meta = scores["undecided"], scores["meta"]
+    if undecided["answers"]:
+        _warn(
+            f"the judge decided nothing in {undecided['answers']} of {undecided['of']} replies, which count neither "
+            f"way; undecided.bounds in {args.out / 'report.json'} says what they could change"
+        )
+    if meta["without_pictures"]:
+        _warn(f"prompts without a picture, not in the scores: {_some(meta['without_pictures'])}")
+    if meta["csv_notes"]:
+        _note(args, f"{args.questions}: {_some(meta['csv_notes'], '; ')}")
+    _note(args, f"{args.out}: report.json, answers.jsonl and {len(pages)} contact sheets of failures")
+    return scores
+
+
+def evaluate_vqa(args: argparse.Namespace) -> Report:
+    from .evaluation import report, vqa_score
+    from .evaluation.prompt_sets import check_digest, read_prompts, with_skills
+    from .files import save_json
+
+    _check_benchmark(args)
+    prompts = read_prompts(args.prompts)
+    digest = check_digest(args.prompts, args.prompts_sha256)
+    if args.skills:
+        prompts = with_skills(prompts, args.skills)
+    prompts = dict(list(prompts.items())[: args.n])
+    pictures = _pictures(args, prompts)
+    judge = _judge(args, reasoning=False)
+    with _progress(args) as progress:
+        scores = vqa_score.evaluate(
+            prompts, pictures, judge, args.out / "answers.jsonl", batch_size=args.batch_size, progress=progress
+        )
+    scores["meta"]["prompts_sha256"] = digest
+    save_json(args.out / "report.json", scores)
+    print(report.table({key: value for key, value in scores.items() if key not in ("prompts", "meta")}))
+    if (share := scores["answered"]["mean"]) < 0.5:
+        _warn(f"yes and no have {share:.2f} of the judge's probability: it says something else, so trust neither score")
+    if without := scores["meta"]["without_pictures"]:
+        _warn(f"prompts without a picture, not in the scores: {_some(without)}")
+    return scores
+
+
+def evaluate_ab(args: argparse.Namespace) -> Report:
+    making = (args.a, args.b, args.prompts, args.sources, args.names, args.question, args.out)
+    if args.votes:
+        if any(making):
+            raise ValueError("--votes counts what people voted; leave out what makes a page (--a, --b, --out ...)")
+        return _count_votes(args)
+    if not (args.a and args.b):
+        raise ValueError("give --a DIR and --b DIR to make a page, or --votes F ... to count")
+    if not args.out:
+        raise ValueError("give --out F.html, where the page goes")
+    from .evaluation import ab_page
+    from .evaluation.prompt_sets import read_prompts
+
+    check_target(args.out)
+    names = tuple((args.names or f"{args.a.name},{args.b.name}").split(","))
+    if len(names) != 2:
+        raise ValueError(f"--names {args.names}: expected two names, as ours,theirs")
+    texts = {name: prompt.text for name, prompt in read_prompts(args.prompts).items()} if args.prompts else None
+    pairs, alone = ab_page.find_pairs(args.a, args.b, texts, args.sources)
+    options = {"questions": args.question} if args.question else {}
+    with _progress(args) as progress:
+        made = ab_page.write_page(args.out, pairs, names=names, seed=args.seed, progress=progress, **options)
+    print(f"{args.out}  {len(pairs)} pairs, {made['bytes'] / 1e6:.1f} MB; open it in a browser, or send it to voters")
+    if alone:
+        _warn(f"{len(alone)} pictures are in one folder only and make no pair: {_some(alone)}")
+    return {**made, "unpaired": alone}
+
+
+def _count_votes(args: argparse.Namespace) -> Report:
+    from .evaluation import ab_votes, report
+
+    found = ab_votes.evaluate(ab_votes.read_votes(args.votes), least=args.least, seed=args.seed)
+    print(f"{found['first']} over {found['second']}, of {found['meta']['voters']} voters\n")
+    for question, asked in found["questions"].items():
+        shown = {key: value for key, value in asked.items() if key not in ("pairs", "lacking")}
+        print(f"{question}\n{report.table(shown)}\n")
+        if lacking := asked["lacking"]:
+            few = f"{len(lacking)} pairs have fewer than {args.least} votes and do not count"
+            _warn(f"{question}: {few}: {_some(list(lacking))}")
+    print(report.table({"left": found["left"]}))
+    return found
+
+
 def bench(args: argparse.Namespace) -> Report:
-    from .evaluation import bench, bench_comfy
+    from .evaluation import bench, bench_comfy, bench_gpu
 
     with _progress(args) as progress:
         if args.comfy:
             report = bench_comfy.run(progress=progress)
+        elif args.gpu:
+            report = bench_gpu.run(progress=progress)
         else:
             report = bench.run(_loader(args)(), seed=args.seed, progress=progress)
     print(bench.table(report))
@@ -198,12 +328,67 @@ def _loader(args: argparse.Namespace) -> Callable[..., UniFusion]:
     from .pipeline import load_model
 
     _check_device(args.device)
+    parts = {name: getattr(args, name, None) for name in ("text_encoder", "vae", "tokenizer")}
+    parts["distilled"] = getattr(args, "turbo", None)
 
     @cache
     def load(name: str) -> UniFusion:
-        return load_model(name, device=args.device)
+        model = load_model(name, device=args.device, **parts)
+        if parts["distilled"] is None and model.spec.name.startswith("krea2") and Path(name).is_file():
+            kind = "few-step model" if model.spec.name == "krea2-turbo" else "base model"
+            _note(args, f"{Path(name).name} is taken as the {kind}, by its name alone; --turbo or --no-turbo says so")
+        return model
 
     return lambda name="micro": load(name if args.model == "micro" else args.model)
+
+
+def _check_benchmark(args: argparse.Namespace) -> None:
+    if bool(args.images) == bool(args.model):
+        raise ValueError("give either --images DIR or --model M: pictures that are there, or a model that draws them")
+    check_target(args.out / "report.json")
+
+
+def _pictures(args: argparse.Namespace, prompts: Mapping[str, Prompt]) -> dict[str, list[Picture]]:
+    """The pictures that a benchmark judges, found or drawn; a model that drew them is let go."""
+    from .evaluation.pictures import draw_pictures, find_pictures
+
+    if args.images:
+        return find_pictures(args.images, list(prompts), args.grid)
+    settings = {"steps": args.steps, "guidance": args.guidance, "size": args.size}
+    with _progress(args) as progress:
+        return draw_pictures(
+            _loader(args)(),
+            prompts,
+            args.out / "images",
+            count=args.count,
+            seed=args.seed,
+            name=args.model,
+            rewriting=args.rewrite,
+            progress=progress,
+            **settings,
+        )
+
+
+def _judge(args: argparse.Namespace, **settings) -> VLMJudge:
+    """The VLM of --judge, which may also be the folder of a whole model."""
+    from .conditioning.vlm import load_vlm
+    from .evaluation.judge import VLMJudge
+
+    _check_device(args.device)
+    inner = args.judge / "vlm"
+    folder = inner if inner.is_dir() and not (args.judge / "config.json").is_file() else args.judge
+    vlm = load_vlm(folder, layers=(0,), device=args.device)  # no state is looked at: tap as little as can be
+    return VLMJudge(vlm, max_tiles=args.max_tiles, **settings)
+
+
+def _untrained(model: UniFusion, images: bool) -> str | None:
+    """What to say of image tokens that a model never saw in training."""
+    if not images or model.profile is None or model.profile.images == "trained":
+        return None
+    return (
+        f"the open weights of {model.profile.title} were trained on text alone: image tokens give a semantic variation "
+        "of a picture, not an edit or a copy of it"
+    )
 
 
 def _check_device(device: str) -> None:
@@ -252,8 +437,12 @@ def _warn_of_unknown_words(vlm: FrozenVLM, prompt: str) -> None:
     pairs = zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
     words = list(dict.fromkeys(prompt[start:stop] for token, (start, stop) in pairs if token == unknown))
     if words:
-        more = f" and {len(words) - 8} more" if len(words) > 8 else ""
-        _warn(f"words that this model does not know: {', '.join(words[:8])}{more}")
+        _warn(f"words that this model does not know: {_some(words)}")
+
+
+def _some(names: Sequence[str], mark: str = ", ") -> str:
+    """The first eight of them, and how many more there are."""
+    return mark.join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _warn(text: str) -> None:

@@ -25,6 +25,7 @@ from ..microworld.render import render
 from ..microworld.scene import MOST_CELLS, Scene, sample_scene
 from ..pipeline import UniFusion
 from .micro import Progress, Values, collect, draw, round_trip, things_at
+from .perceptual import Distance, load_lpips
 from .report import nest, score
 
 MODELS = ("micro", "micro-base")
@@ -52,7 +53,8 @@ def evaluate(
     Returns:
         tiles.<n>.psnr (dB), ssim, marks, exact without guidance, tiles.<n>.guided with the model's own; the same under
         "micro-base"; controls.vae_round_trip and oracle_on_renders as ceilings; controls.marks_chance: always naming
-        the commonest mark. marks: over all things of the truth, the mark read in its cell is its own.
+        the commonest mark. marks: over all things of the truth, the mark read in its cell is its own. lpips stands
+        beside psnr where this machine has it; meta.lpips says which, or why not.
     Raises:
         ValueError: a number of tiles that is no square, cells outside 1..6, or `num` below 1.
     """
@@ -70,7 +72,8 @@ def evaluate(
 
     values: Values = defaultdict(list)
     seconds: dict[str, float] = {}
-    meta: dict[str, Any] = {}
+    distance, lpips = load_lpips(min(truths[0].size))
+    meta: dict[str, Any] = {"lpips": lpips}
     for name in MODELS:
         model = load_model(name)
         meta[name] = {"name": model.spec.name, "steps": model.spec.steps, "guidance": model.spec.guidance}
@@ -81,7 +84,7 @@ def evaluate(
                 batch = slice(start, start + BATCH_SIZE)
                 plain, guided = reconstruct(model, truths[batch], side, seed=seed + start)
                 for at, images in (((), plain), (("guided",), guided)):
-                    found = score_pictures(images, truths[batch], scenes[batch])
+                    found = score_pictures(images, truths[batch], scenes[batch], distance)
                     collect(values, (*path, "tiles", str(count), *at), found)
                 if progress:
                     progress(part, min(num, start + BATCH_SIZE), num)
@@ -90,7 +93,8 @@ def evaluate(
             for start in range(0, num, BATCH_SIZE):
                 batch = slice(start, start + BATCH_SIZE)
                 again = round_trip(model, truths[batch])
-                collect(values, ("controls", "vae_round_trip"), score_pictures(again, truths[batch], scenes[batch]))
+                found = score_pictures(again, truths[batch], scenes[batch], distance)
+                collect(values, ("controls", "vae_round_trip"), found)
             collect(values, ("controls", "oracle_on_renders"), score_readings(truths, scenes))
 
     report = nest(values)
@@ -119,13 +123,17 @@ def reconstruct(
 
 
 def score_pictures(
-    pictures: Sequence[Image.Image], truths: Sequence[Image.Image], scenes: Sequence[Scene]
+    pictures: Sequence[Image.Image],
+    truths: Sequence[Image.Image],
+    scenes: Sequence[Scene],
+    distance: Distance | None = None,
 ) -> dict[str, list[float]]:
-    """psnr, ssim and exact per picture, marks per thing."""
+    """psnr, ssim, lpips (given a distance) and exact per picture, marks per thing."""
     pairs = [(np.asarray(one), np.asarray(other)) for one, other in zip(pictures, truths, strict=True)]
     return {
         "psnr": [psnr(*pair) for pair in pairs],
         "ssim": [ssim(*pair) for pair in pairs],
+        **({"lpips": [distance(*pair) for pair in pairs]} if distance else {}),
         **score_readings(pictures, scenes),
     }
 
