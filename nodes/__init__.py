@@ -3,13 +3,14 @@
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from . import condition, encode, inspect, loaders, sample, scene, schedule
+from . import condition, encode, encode_for, inspect, loaders, sample, scene, schedule
 
 
 class UniFusionExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [node for part in (loaders, encode, condition, schedule, sample, inspect, scene) for node in part.NODES]
+        parts = (loaders, encode, encode_for, condition, schedule, sample, inspect, scene)
+        return [node for part in parts for node in part.NODES]
 
 
 async def comfy_entrypoint() -> UniFusionExtension:

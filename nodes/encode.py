@@ -13,13 +13,16 @@ from PIL import Image
 from server import PromptServer
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..unifusion_core.conditioning.hidden_states import KEEP
+from ..unifusion_core.conditioning.profiles import PROFILES
 from . import sockets
 from .limits import within_limits
 
 CATEGORY = "UniFusion/conditioning"
 MAX_IMAGES, MAX_TILES = 8, 9  # the paper's ten tiles are nine and the thumbnail
 SEED_MAX = 2**64 - 1
-PAPER = ("image", "thumbnail", "rewrite")  # what reaches the DiT
+MOST_TOKENS = 2**20
+NO_PROFILE = "none"
 
 
 class Rewrite(io.ComfyNode):
@@ -85,7 +88,8 @@ class Rewrite(io.ComfyNode):
                     multiline=True,
                     default="",
                     optional=True,
-                    tooltip="Use this text instead of a rewrite, such as an edited one. Empty: the VLM writes.",
+                    tooltip="Use this text instead of a rewrite, such as an edited one, or a record of a rewrite, "
+                    "which is replayed token by token. Empty: the VLM writes.",
                 ),
                 io.String.Input(
                     "system_prompt",
@@ -95,10 +99,61 @@ class Rewrite(io.ComfyNode):
                     advanced=True,
                     tooltip="How the VLM should rewrite. Empty: what this VLM was trained with.",
                 ),
+                io.Combo.Input(
+                    "profile",
+                    options=[NO_PROFILE, *PROFILES],
+                    default=NO_PROFILE,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Keep the layers that this model is conditioned on, for UniFusion Encode for Model. With "
+                    "sampling off, the prompt also stands in that model's own chat text. None: the VLM's own layers.",
+                ),
+                io.Combo.Input(
+                    "think",
+                    options=["keep", "drop", "limit"],
+                    default="keep",
+                    optional=True,
+                    advanced=True,
+                    tooltip="What becomes of a thinking VLM's thoughts. Keep: their states are kept, apart from the "
+                    "rewrite's. Drop: only the rewrite's are kept. Limit: at most think_tokens are thought.",
+                ),
+                io.Int.Input(
+                    "think_tokens",
+                    default=256,
+                    min=0,
+                    max=MOST_TOKENS,
+                    optional=True,
+                    advanced=True,
+                    tooltip="With think at limit: the thinking ends here at the latest. max_new_tokens then counts the "
+                    "rewrite alone.",
+                ),
+                io.Boolean.Input(
+                    "protect_quotes",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="What the prompt has in quotation marks, such as lettering, must stand in the rewrite "
+                    "letter by letter; a rewrite without it is an error.",
+                ),
+                io.Int.Input(
+                    "token_budget",
+                    default=0,
+                    min=0,
+                    max=MOST_TOKENS,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Most tokens of all pictures together: they get fewer tiles or a lower resolution. 0: no "
+                    "limit.",
+                ),
             ],
             outputs=[
                 sockets.Hidden.Output(display_name="hidden", tooltip="States of every tapped layer, to LAP Encode."),
                 io.String.Output(display_name="text", tooltip="What the VLM wrote."),
+                io.String.Output(
+                    display_name="record",
+                    tooltip="The rewrite with its tokens and settings, as JSON. Given as text, it is replayed exactly. "
+                    "Empty if the VLM wrote nothing.",
+                ),
             ],
             has_intermediate_output=True,
         )
@@ -106,28 +161,63 @@ class Rewrite(io.ComfyNode):
     @classmethod
     @within_limits
     def execute(
-        cls, vlm, prompt, max_tiles, sampling=None, max_new_tokens=128, images=None, text="", system_prompt=""
+        cls,
+        vlm,
+        prompt,
+        max_tiles,
+        sampling=None,
+        max_new_tokens=128,
+        images=None,
+        text="",
+        system_prompt="",
+        profile=NO_PROFILE,
+        think="keep",
+        think_tokens=256,
+        protect_quotes=False,
+        token_budget=0,
     ) -> io.NodeOutput:
-        from ..unifusion_core.conditioning.verifi import replay, rewrite
+        from ..unifusion_core.conditioning.verifi import Rewrite as Record
+        from ..unifusion_core.conditioning.verifi import is_record, replay, rewrite
         from ..unifusion_core.conditioning.vlm import Request
 
         pictures = [picture for batch in (images or {}).values() if batch is not None for picture in to_pil(batch)]
-        request = Request(prompt, tuple(pictures), system=system_prompt.strip() or None, max_tiles=max_tiles)
-        ready, mode = vlm.ready(), sampling["sampling"]
-        if not prompt.strip():
+        chosen = PROFILES.get(profile)
+        plain = not text.strip() and sampling["sampling"] == "off"
+        if not prompt.strip() and not (plain and chosen):
             raise ValueError("the prompt is empty; say what the picture should show, or how it should change")
-        if text.strip():
+        request = Request(
+            prompt,
+            tuple(pictures),
+            system=system_prompt.strip() or None,
+            max_tiles=max_tiles,
+            token_budget=token_budget or None,
+            template=chosen.template_for(prompt, len(pictures)) if plain and chosen else None,
+            image_label=chosen.image_label if plain and chosen else "",
+        )
+        ready = vlm.ready() if chosen is None else tapping(vlm.ready(), chosen)
+        most = max_new_tokens + (think_tokens if think == "limit" else 0)
+        progress = _Progress(most, ready.count_tokens(request))
+        record = None
+        if is_record(text):
+            record = Record.from_json(text)
+            hidden = replay(ready, [request], [record])
+        elif text.strip():
             hidden = replay(ready, [request], [ready.tokenizer(text.strip(), add_special_tokens=False).input_ids])
-            written = text.strip()
-        elif mode == "off":
-            hidden, written = ready.encode([request]), prompt
+        elif plain:
+            hidden = ready.encode([request], reuse=True)
         else:
-            settings = {key: sampling[key] for key in ("temperature", "top_p", "seed") if key in sampling}
             rewrites = rewrite(
-                ready, [request], max_new_tokens=max_new_tokens, on_token=_stream(max_new_tokens), **settings
+                ready,
+                [request],
+                max_new_tokens=max_new_tokens,
+                think=think_tokens if think == "limit" else think,
+                protect_quotes=protect_quotes,
+                on_token=progress,
+                **{key: sampling[key] for key in ("temperature", "top_p", "seed") if key in sampling},
             )
-            hidden, written = rewrites.hidden_states, rewrites.texts[0]
-        return io.NodeOutput(hidden.to("cpu"), written, ui=ui.PreviewText(written))
+            hidden, (record,) = rewrites.hidden_states, rewrites.results
+        written = record.text if record else text.strip() or prompt
+        return io.NodeOutput(hidden.to("cpu"), written, record.to_json() if record else "", ui=ui.PreviewText(written))
 
 
 class LAPEncode(io.ComfyNode):
@@ -144,11 +234,13 @@ class LAPEncode(io.ComfyNode):
                 sockets.Hidden.Input("hidden", tooltip="From UniFusion Rewrite."),
                 io.Combo.Input(
                     "tokens",
-                    options=["image + rewrite", "everything"],
+                    options=list(KEEP),
                     default="image + rewrite",
                     advanced=True,
-                    tooltip="The paper keeps tokens of pictures and of the rewrite. Everything: system prompt and "
-                    "instruction too, for UniFusion Select Tokens to choose from.",
+                    tooltip="The paper keeps tokens of pictures and of the rewrite; where nothing was rewritten, those "
+                    "that the model was trained on stand in. User turn: pictures and prompt, as in Krea 2. Think: a "
+                    "thinking VLM's thoughts. All: all but the system prompt and what stands before the pictures. "
+                    "Everything: those too, for UniFusion Select Tokens to choose from.",
                 ),
             ],
             outputs=[io.Conditioning.Output(display_name="pooled", tooltip="To UniFusion Refine.")],
@@ -158,9 +250,11 @@ class LAPEncode(io.ComfyNode):
     @within_limits
     def execute(cls, fusion, hidden, tokens="image + rewrite") -> io.NodeOutput:
         present = {span.kind for row in hidden.spans for span in row}
-        if tokens == "image + rewrite":
-            wanted = PAPER if "rewrite" in present else ("image", "thumbnail", "instruction")
-            hidden = hidden.select(*wanted)
+        if tokens == "image + rewrite" and "rewrite" not in present:  # nothing was written: the prompt stands in
+            profile = PROFILES.get(fusion.spec.profile)
+            hidden = hidden.select(*(profile.kinds if profile else ("image", "thumbnail", "instruction")))
+        elif tokens != "everything":
+            hidden = hidden.keep(tokens)
         return io.NodeOutput(sockets.from_pooled(fusion.ready().pool(hidden).to("cpu"), fusion.spec.name))
 
 
@@ -199,13 +293,22 @@ class EmptyConditioning(io.ComfyNode):
                 sockets.VLM.Input("vlm", tooltip="From UniFusion Load VLM."),
                 sockets.Fusion.Input("fusion", tooltip="From UniFusion Load Model."),
             ],
-            outputs=[io.Conditioning.Output(display_name="negative", tooltip="One token.")],
+            outputs=[
+                io.Conditioning.Output(display_name="negative", tooltip="One token; of Krea 2, its empty prompt.")
+            ],
         )
 
     @classmethod
     @within_limits
     def execute(cls, vlm, fusion) -> io.NodeOutput:
-        hidden = vlm.ready().encode_empty().to("cpu")
+        from ..unifusion_core.conditioning.vlm import Request
+
+        ready, profile = vlm.ready(), PROFILES.get(fusion.spec.profile)
+        if profile is None:
+            hidden = ready.encode_empty()
+        else:  # the model was trained on an empty prompt of its own
+            request = Request("", template=profile.template_for(""))
+            hidden = ready.tapping(fusion.spec.layers).encode([request]).select(*profile.kinds)
         pooled = sockets.from_pooled(fusion.ready().pool(hidden).to("cpu"), fusion.spec.name)
         return io.NodeOutput([refined(fusion, entry) for entry in pooled])
 
@@ -239,6 +342,16 @@ def refined_part(fusion, entry: list, kinds: tuple[str, ...] | None) -> list:
 _PARTS = WeakTensorKeyDictionary()
 
 
+def tapping(vlm, profile):
+    """The VLM with the taps of a profile, if it is large enough to be that profile's."""
+    if vlm.width != profile.width or vlm.num_layers < profile.layers[-1]:
+        raise ValueError(
+            f"profile {profile.name}: {profile.title} is conditioned on {profile.encoder}, but this VLM is "
+            f"{vlm.identity}; load {profile.encoder}, or set profile to {NO_PROFILE}"
+        )
+    return vlm.tapping(profile.layers)
+
+
 def to_pil(batch: torch.Tensor) -> list[Image.Image]:
     """IMAGE [B, H, W, 3] in 0..1 → pictures; a fourth channel counts as alpha over white."""
     pixels = batch.detach().float().cpu()
@@ -247,20 +360,25 @@ def to_pil(batch: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(image.numpy()) for image in (pixels.clamp(0, 1) * 255).round().byte()]
 
 
-def _stream(most: int):
-    """Shows the text on the node while it grows, and lets a user cancel between two tokens."""
-    bar, context, server = comfy.utils.ProgressBar(most), get_executing_context(), PromptServer.instance
-    done = 0
+class _Progress:
+    """Shows on the node how many tokens there are and the text as it grows; lets a user cancel between two tokens."""
 
-    def on_token(row: int, token: int, text: str) -> None:
-        nonlocal done
-        done += 1
-        bar.update_absolute(done)
+    def __init__(self, most: int, counts: dict) -> None:
+        self.bar, self.done = comfy.utils.ProgressBar(most), 0
+        self.context, self.server = get_executing_context(), PromptServer.instance
+        kinds = ", ".join(f"{kind} {count}" for kind, count in counts["kinds"].items())
+        self.heading = f"{counts['total']} tokens: {kinds}"
+        self._show(self.heading)
+
+    def __call__(self, row: int, token: int, text: str) -> None:
+        self.done += 1
+        self.bar.update_absolute(self.done)
         throw_exception_if_processing_interrupted()  # the bar asks only every tenth of a second
-        if context is not None and server is not None:
-            server.send_progress_text(text, context.node_id)
+        self._show(f"{self.heading}\n\n{text}")
 
-    return on_token
+    def _show(self, text: str) -> None:
+        if self.context is not None and self.server is not None:
+            self.server.send_progress_text(text, self.context.node_id)
 
 
 NODES = [Rewrite, LAPEncode, Refine, EmptyConditioning]

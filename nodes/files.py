@@ -16,6 +16,8 @@ EMBEDDED_MODELS = ("micro (embedded)", "micro-base (embedded, stage 1)")
 WEIGHTS = Path(__file__).parents[1] / "unifusion_core" / "weights" / "micro"
 LONGEST_HEADER = 100_000_000  # bytes
 MARKS = frozenset({"unifusion_spec", "dit.time_mod_proj.weight"})
+KREA2_MARKS = frozenset({"txtfusion.projector.weight", "model.diffusion_model.txtfusion.projector.weight"})
+KREA2_VAES = ("qwen_image_vae", "wan_2.1_vae")  # its own; and one that reads the same latents
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")  # one of several; their index stands for them
 MODEL_FOLDERS = ("unifusion", "diffusion_models", "checkpoints")
 VLM_FOLDERS = ("vlm", "text_encoders")
@@ -41,12 +43,40 @@ def model_path(name: str) -> Path:
     """
     if name in EMBEDDED_MODELS:
         return WEIGHTS / ("edit.safetensors" if name == EMBEDDED_MODELS[0] else "base.safetensors")
-    return _listed(name, _model_files(), "a UniFusion file into models/unifusion")
+    return _listed(
+        name, _model_files(), "a UniFusion file into models/unifusion, or Krea 2 into models/diffusion_models"
+    )
 
 
 def vlm_path(name: str) -> Path:
     """The folder of a listed VLM."""
     return WEIGHTS / "vlm" if name == EMBEDDED_VLM else _listed(name, _vlm_folders(), "a VLM's folder into models/vlm")
+
+
+def is_krea2(path: Path) -> bool:
+    """Whether a listed model is a ComfyUI single file of Krea 2."""
+    return path.suffix == ".safetensors" and not KREA2_MARKS.isdisjoint(tensor_names(path))
+
+
+def krea2_vae() -> Path | None:
+    """The VAE of Krea 2's kind in ComfyUI's own folder, by its name."""
+    names = [name for name in folder_paths.get_filename_list("vae") if name.endswith(".safetensors")]
+    found = (name for kind in KREA2_VAES for name in names if kind in Path(name).name.lower())
+    name = next(found, None)
+    return None if name is None else Path(folder_paths.get_full_path_or_raise("vae", name))
+
+
+def tensor_names(path: Path) -> frozenset[str]:
+    """Names in the header of a safetensors file, or in an index of several; none of anything else."""
+    names = None
+    if path.name.endswith(".safetensors.index.json"):
+        names = _json(path.read_bytes()).get("weight_map")
+    elif path.suffix == ".safetensors":
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            names = _json(file.read(length)) if 0 < length < LONGEST_HEADER else None
+    return frozenset(names) if isinstance(names, dict) else frozenset()
 
 
 def stamp(path: Path) -> str:
@@ -83,17 +113,9 @@ def _vlm_folders() -> dict[str, Path]:
 
 @lru_cache(maxsize=4096)
 def _is_model(path: str, modified: float) -> bool:
-    """Whether a file is a UniFusion model: ours, its index of shards, or what core's ModelSave wrote."""
-    if path.endswith(".safetensors.index.json"):
-        names = _json(Path(path).read_bytes()).get("weight_map")
-    elif path.endswith(".safetensors"):
-        with open(path, "rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            names = _json(file.read(length)) if 0 < length < LONGEST_HEADER else None
-    else:
-        return False
-    return isinstance(names, dict) and not MARKS.isdisjoint(names)
+    """Whether a file is a model for our nodes: ours, its index of shards, what core's ModelSave wrote, or Krea 2."""
+    names = tensor_names(Path(path))
+    return not MARKS.isdisjoint(names) or (path.endswith(".safetensors") and not KREA2_MARKS.isdisjoint(names))
 
 
 def _json(data: bytes) -> dict:

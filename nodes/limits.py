@@ -53,6 +53,9 @@ def _check(declared: Any, value: Any, given: bool) -> None:
         if value not in options:
             listed = ", ".join(map(str, options[:12])) or "nothing yet"
             raise ValueError(f"{name} is {_short(value)}; one of {listed} is accepted")
+    elif isinstance(declared, io.Boolean.Input):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {_short(value)}; true or false is accepted")
     elif isinstance(declared, io.String.Input):
         if not isinstance(value, str):
             raise ValueError(f"{name} is {_short(value)}; a text is accepted")

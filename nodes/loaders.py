@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import folder_paths
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
 
 from . import sockets
-from .files import EMBEDDED_MODELS, EMBEDDED_VLM, list_models, list_vlms, model_path, stamp, vlm_path
+from .files import (
+    EMBEDDED_MODELS,
+    EMBEDDED_VLM,
+    is_krea2,
+    krea2_vae,
+    list_models,
+    list_vlms,
+    model_path,
+    stamp,
+    vlm_path,
+)
 from .limits import within_limits
 
 CATEGORY = "UniFusion/loaders"
 DTYPES = {"default": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+TRAINED_ON_TEXT = (
+    "The open weights of Krea 2 were trained on text: tokens of pictures vary what is shown, they edit no picture."
+)
 
 
 class LoadVLM(io.ComfyNode):
@@ -46,6 +62,43 @@ class LoadVLM(io.ComfyNode):
         return io.NodeOutput(load_vlm(vlm_path(vlm)))
 
 
+class VLMFromCLIP(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UniFusionVLMFromCLIP",
+            display_name="UniFusion VLM from CLIP",
+            category=CATEGORY,
+            description="Makes a VLM of a language model that is loaded as CLIP already, without a second copy: "
+            "Qwen3-VL, Qwen2.5-VL, Gemma-3, or (text only) Qwen3. LoRA and quantisation of the CLIP stay. The node "
+            "says what is particular about this one.",
+            search_aliases=["qwen3-vl", "qwen2.5-vl", "gemma", "text encoder", "verifi", "krea 2"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="From core's Load CLIP, for instance qwen3vl_4b of type krea2."),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default="default",
+                    advanced=True,
+                    tooltip="Of the whole pass. Default: what ComfyUI generates text with on this device (bf16 where "
+                    "it can). fp32: what ComfyUI encodes prompts with; closest to core's conditioning, slower.",
+                ),
+            ],
+            outputs=[sockets.VLM.Output(display_name="vlm", tooltip="To UniFusion Rewrite.")],
+        )
+
+    @classmethod
+    @within_limits
+    def execute(cls, clip, dtype: str = "default") -> io.NodeOutput:
+        from .clip_vlm import vlm_from_clip
+
+        vlm = vlm_from_clip(clip, DTYPES[dtype])
+        notes, context, server = "\n".join(vlm.vlm.notes), get_executing_context(), PromptServer.instance
+        if context is not None and server is not None:
+            server.send_progress_text(notes, context.node_id)  # the frontend shows it on any node
+        return io.NodeOutput(vlm, ui=ui.PreviewText(notes))
+
+
 class LoadModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -53,15 +106,16 @@ class LoadModel(io.ComfyNode):
             node_id="UniFusionLoadModel",
             display_name="UniFusion Load Model",
             category=CATEGORY,
-            description="Loads a UniFusion model: its DiT as MODEL, its LAP and refiner, and its VAE.",
-            search_aliases=["dit", "lap", "refiner", "checkpoint", "unifusion"],
+            description="Loads a UniFusion model, or Krea 2: its DiT as MODEL, its LAP and refiner, and its VAE. "
+            f"{TRAINED_ON_TEXT}",
+            search_aliases=["dit", "lap", "refiner", "checkpoint", "unifusion", "krea 2"],
             inputs=[
                 io.Combo.Input(
                     "model",
                     options=list_models(),
                     default=EMBEDDED_MODELS[0],
-                    tooltip="An embedded micro model, or a UniFusion file in models/unifusion, diffusion_models or "
-                    "checkpoints. Stage 1 never saw an edit: zero-shot editing is shown on it.",
+                    tooltip="An embedded micro model, or a file of UniFusion or Krea 2 in models/unifusion, "
+                    "diffusion_models or checkpoints. Stage 1 never saw an edit: zero-shot editing is shown on it.",
                 ),
                 io.Combo.Input(
                     "dtype",
@@ -73,21 +127,60 @@ class LoadModel(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(tooltip="The DiT; takes core's samplers, LoRA loaders and merges."),
-                sockets.Fusion.Output(display_name="fusion", tooltip="LAP and refiner, to the nodes of those names."),
-                io.Vae.Output(tooltip="Takes core's VAE nodes."),
+                sockets.Fusion.Output(
+                    display_name="fusion",
+                    tooltip="LAP and refiner, to the nodes of those names; the file's, without LoRA.",
+                ),
+                io.Vae.Output(tooltip="Takes core's VAE nodes. Krea 2's is qwen_image_vae in models/vae."),
             ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, model: str, dtype: str) -> str:
-        return stamp(model_path(model))
+        path = model_path(model)
+        vae = krea2_vae() if is_krea2(path) else None
+        return stamp(path) if vae is None else f"{stamp(path)} {stamp(vae)}"
 
     @classmethod
     @within_limits
     def execute(cls, model: str, dtype: str = "default") -> io.NodeOutput:
+        path = model_path(model)
+        if is_krea2(path):
+            from .krea2 import load
+
+            return io.NodeOutput(*load(path, DTYPES[dtype]))
         from .weights import load_model
 
-        return io.NodeOutput(*load_model(model_path(model), DTYPES[dtype]))
+        return io.NodeOutput(*load_model(path, DTYPES[dtype]))
+
+
+class FusionFromModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UniFusionFusionFromModel",
+            display_name="UniFusion Fusion from Model (Krea 2)",
+            category=CATEGORY,
+            description="Takes LAP and refiner out of a Krea 2 MODEL, with its LoRA and quantised weights, and lets "
+            f"the MODEL accept what they fuse. {TRAINED_ON_TEXT}",
+            search_aliases=["krea 2", "lap", "refiner", "txtfusion", "lora"],
+            inputs=[
+                io.Model.Input("model", tooltip="Krea 2 from core's Load Diffusion Model, behind its LoRA loaders.")
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The same model; takes the output of UniFusion Refine, and core's as before."),
+                sockets.Fusion.Output(display_name="fusion", tooltip="LAP and refiner, to the nodes of those names."),
+            ],
+        )
+
+    @classmethod
+    @within_limits
+    def execute(cls, model) -> io.NodeOutput:
+        from .krea2 import accept_fused, fusion_of
+
+        fusion, model = fusion_of(model), model.clone()
+        accept_fused(model)
+        return io.NodeOutput(model, fusion)
 
 
 class LoadLoRA(io.ComfyNode):
@@ -119,4 +212,4 @@ class LoadLoRA(io.ComfyNode):
         return io.NodeOutput(apply_lora(model, folder_paths.get_full_path_or_raise("loras", lora), strength))
 
 
-NODES = [LoadVLM, LoadModel, LoadLoRA]
+NODES = [LoadVLM, VLMFromCLIP, LoadModel, FusionFromModel, LoadLoRA]

@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 
 import comfy.model_management as management
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
 if TYPE_CHECKING:
@@ -36,6 +37,17 @@ class ManagedVLM:
 
     vlm: FrozenVLM
     patcher: ModelPatcher
+
+    def __post_init__(self) -> None:
+        # A VLM that leaves its device forgets the pictures it has read. The callback holds no VLM: no circle.
+        remembered = self.vlm.prefix_cache
+
+        def detached(patcher: ModelPatcher, leaves: bool) -> None:
+            if leaves:  # core also detaches what stays, to load it again
+                remembered.clear()
+
+        if remembered is not None:
+            self.patcher.add_callback(CallbacksMP.ON_DETACH, detached)
 
     def ready(self) -> FrozenVLM:
         """The VLM on its device; what stood in its way is moved off."""

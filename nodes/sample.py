@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -20,8 +23,10 @@ FLOW = "flow"
 class EmptyLatent(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        tooltip = "px; the micro model drew 64, Krea 2 about 1024."
+
         def side(name: str) -> io.Int.Input:
-            return io.Int.Input(name, default=64, min=16, max=MAX_SIDE, step=16, tooltip="px; the micro model drew 64.")
+            return io.Int.Input(name, default=64, min=16, max=MAX_SIDE, step=16, tooltip=tooltip)
 
         return io.Schema(
             node_id="UniFusionEmptyLatent",
@@ -153,16 +158,20 @@ class VAEDecode(io.ComfyNode):
             raise ValueError(
                 f"latents of {latents.shape[1]} channels: this VAE takes {vae.latent_channels}; take the model's own"
             )
-        return io.NodeOutput(vae.decode(latents))
+        images = vae.decode(latents)
+        return io.NodeOutput(images.flatten(0, 1) if images.ndim == 5 else images)  # a video VAE's pictures are frames
 
 
 def sigmas_of(model, scheduler: str, steps: int, denoise: float, sampler: str) -> torch.Tensor:
     """The edges of the steps, as core's KSampler takes them: with denoise below 1, the last of a longer way."""
     if scheduler != FLOW:
         return comfy.samplers.KSampler(model, steps, model.load_device, sampler, scheduler, denoise).sigmas
-    shift = getattr(model.get_model_object("model_sampling"), "shift", None)
+    sampling = model.get_model_object("model_sampling")
+    shift = getattr(sampling, "shift", None)
     if shift is None:
         raise ValueError("the scheduler flow needs a flow-matching model; choose one of core's schedulers")
+    if isinstance(sampling, comfy.model_sampling.ModelSamplingFlux):
+        shift = math.exp(shift)  # Flux and Krea 2 keep its logarithm
     return timesteps(max(steps, int(steps / denoise)), float(shift))[-(steps + 1) :]
 
 

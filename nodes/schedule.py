@@ -6,18 +6,15 @@ from uuid import uuid4
 
 from comfy_api.latest import io
 
+from ..unifusion_core.conditioning.hidden_states import KEEP
 from ..unifusion_core.diffusion.schedule import Schedule, parse_schedule, resolve
-from . import sockets, stepping
+from . import krea2, sockets, stepping
 from .encode import refined_part
 from .limits import within_limits
 
 CATEGORY = "UniFusion/schedule"
 NAMES = ("a", "b", "c", "d", "e", "f", "g", "h")
-SUB_TRACKS = {
-    "image": ("image", "thumbnail"),
-    "text": ("rewrite", "instruction"),
-    "all": ("image", "thumbnail", "rewrite", "instruction"),
-}
+WRITTEN, PLAIN = ("rewrite", "instruction"), ("instruction", "marker")  # text with a rewrite, and as Krea 2 takes it
 DEFAULT = "image:0-0.15, text:0.15-1"
 
 
@@ -120,7 +117,10 @@ class ScheduleModel(io.ComfyNode):
     @within_limits
     def execute(cls, model) -> io.NodeOutput:
         model = model.clone()
-        stepping.attach(model)
+        if krea2.is_krea2(model):
+            krea2.accept_fused(model)
+        else:
+            stepping.attach(model)
         return io.NodeOutput(model)
 
 
@@ -163,7 +163,8 @@ def _sources(given: dict[str, list]) -> dict[str, tuple[list, tuple[str, ...] | 
         found[name] = conditioning, None
         note = conditioning[0][1].get(sockets.KEY)
         present = {span.kind for row in note["spans"] for span in row} if note else set()
-        for sub, kinds in SUB_TRACKS.items():
+        text = WRITTEN if "rewrite" in present else PLAIN
+        for sub, kinds in (("image", ("image", "thumbnail")), ("text", text), ("all", KEEP["all"])):
             if present & set(kinds) or (sub == "all" and note):
                 found[f"{name}.{sub}"] = conditioning, kinds
                 found.setdefault(sub, (conditioning, kinds))

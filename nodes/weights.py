@@ -11,7 +11,7 @@ import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..unifusion_core.checkpoint import load_into, load_tensors, read_spec
-from ..unifusion_core.conditioning.lap import LayerwiseAttentionPooling
+from ..unifusion_core.conditioning.pooling import build_pooling
 from ..unifusion_core.conditioning.refiner import Refiner
 from ..unifusion_core.conditioning.vlm import load_vlm as load_vlm_folder
 from ..unifusion_core.fusion import FusionHead
@@ -84,6 +84,13 @@ def apply_lora(model, path: str, strength: float):
     return patched
 
 
+def managed_fusion(head: FusionHead) -> ManagedFusion:
+    dtype = _text_dtype()
+    for module in (head.lap, head.refiner):
+        module.to(dtype).eval().requires_grad_(False)
+    return ManagedFusion(head, managed(lap=head.lap, refiner=head.refiner))
+
+
 def _vae_beside(path: Path, spec: ModelSpec) -> Path | None:
     """The VAE in the model's folder; for a micro model, such as a merged one, the embedded one."""
     folders = (path.parent, WEIGHTS) if spec.name.startswith("micro") else (path.parent,)
@@ -96,13 +103,10 @@ def _vae_patcher(path: Path, disable_dynamic: bool = False):
 
 
 def _fusion(spec: ModelSpec, parts: dict) -> ManagedFusion:
-    lap, refiner = LayerwiseAttentionPooling(spec.lap), Refiner(spec.refiner)
+    lap, refiner = build_pooling(spec.lap), Refiner(spec.refiner)
     load_into(lap, parts["lap"], name="LAP")
     load_into(refiner, parts["refiner"], name="refiner")
-    dtype = _text_dtype()
-    for module in (lap, refiner):
-        module.to(dtype).eval().requires_grad_(False)
-    return ManagedFusion(FusionHead(spec, lap, refiner), managed(lap=lap, refiner=refiner))
+    return managed_fusion(FusionHead(spec, lap, refiner))
 
 
 def _text_dtype() -> torch.dtype:

@@ -23,6 +23,9 @@ LOOKS = {  # kind → name, colour, marker
     "thumbnail": ("thumbnail", (73, 191, 217), "down"),
     "instruction": ("instruction", (225, 121, 27), "up"),
     "rewrite": ("rewrite", (27, 146, 71), "circle"),
+    "think": ("thinking", (199, 72, 120), "up"),
+    "prefix": ("template before", (150, 150, 150), "square"),
+    "marker": ("template markers", (110, 110, 110), "diamond"),
 }
 WRITTEN = ("rewrite", "instruction", "system")  # spans of words; the first that is there is written out
 LONGEST = 15  # characters of a token's text

@@ -22,7 +22,7 @@ class Setting:
         self.text = self.refine(self.select("rewrite"))
 
     def pool(self, prompt, images=None):
-        hidden, _ = self.run(
+        hidden, *_ = self.run(
             "UniFusionRewrite",
             vlm=self.vlm,
             prompt=prompt,

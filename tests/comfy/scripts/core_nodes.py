@@ -58,7 +58,7 @@ def another_vlm(setting) -> str:
     from dataclasses import replace
 
     inputs = {"vlm": setting.vlm, "prompt": "a red heart", "images": {}, "max_tiles": 9, "max_new_tokens": 64}
-    hidden, _ = setting.run("UniFusionRewrite", **inputs, sampling={"sampling": "greedy"})
+    hidden, *_ = setting.run("UniFusionRewrite", **inputs, sampling={"sampling": "greedy"})
     try:
         setting.run("UniFusionLAPEncode", fusion=setting.fusion, hidden=replace(hidden, vlm="qwen"))
     except ValueError as error:
