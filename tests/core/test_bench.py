@@ -20,6 +20,7 @@ def test_the_report_has_every_measure_and_can_be_printed(model, monkeypatch):
     monkeypatch.setattr(bench, "LONG", 3)
     monkeypatch.setattr(bench, "STEPS", 2)
     monkeypatch.setattr(bench, "LAP_TOKENS", 64)
+    monkeypatch.setattr(bench.bench_krea2, "SIZE", 64)
     monkeypatch.setitem(bench.MEASURES, "picture_seconds", (lambda *_: 1.5, None, "a picture"))
     progress = []
     report = bench.run(model, repeats=1, progress=lambda *now: progress.append(now))
