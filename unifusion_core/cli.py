@@ -146,6 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", type=Path, metavar="DIR", help="folder for weights and logs")
     verb.add_argument("--steps", type=_whole(1), metavar="N", help="default: the recipe's")
     verb.add_argument("--list", action="store_true", help="describe the recipes")
+    verb.add_argument("--plan", metavar="PRESET", help="what a training would cost, computed: unifusion-8b, …")
+    verb.add_argument("--gpus", type=_list(1), default=(1, 8, 64), metavar="N,…", help="of the plan (default: 1,8,64)")
     verb.set_defaults(device=None)  # accelerate chooses
     return parser
 

@@ -307,6 +307,8 @@ def train(args: argparse.Namespace) -> Report:
         for name, what in RECIPES.items():
             print(f"{name:14}{what}")
         return {"recipes": RECIPES}
+    if args.plan is not None:
+        return _plan(args)
     if args.recipe is None or args.out is None:
         raise ValueError(f"train needs a recipe ({', '.join(RECIPES)}) and --out DIR; --list describes the recipes")
     _check_device(args.device)
@@ -318,6 +320,17 @@ def train(args: argparse.Namespace) -> Report:
     seconds = time.perf_counter() - start
     print(f"{written}  {args.recipe}, {seconds:.0f} s")
     return {"recipe": args.recipe, "written": str(written), "seed": args.seed, "steps": args.steps, "seconds": seconds}
+
+
+def _plan(args: argparse.Namespace) -> Report:
+    from .presets import PRESETS
+    from .training import plan
+
+    if args.plan not in PRESETS:
+        raise ValueError(f"--plan {args.plan!r}: expected one of {', '.join(PRESETS)}")
+    report = plan.plan(PRESETS[args.plan](), args.gpus)
+    print(plan.table(report))
+    return report
 
 
 # What verbs share.

@@ -345,7 +345,7 @@ def pixel_loss(predicted: Tensor, pixels: Tensor) -> Tensor:
 
 @contextmanager
 def tapped(vlm: InternVLForConditionalGeneration, taps_at: Sequence[int] = TAPS) -> Iterator[dict]:
-    """Collects what the tapped layers, each of 1 to their number, and the projector put out during a training forward."""
+    """Collects what the tapped layers (1 to their number) and the projector put out during a training forward."""
     taps: dict = {"layers": [], "projector": None}
     layers = vlm.get_decoder().layers
     handles = [
