@@ -19,7 +19,7 @@ from ..diffusion.dit import DiT
 from ..presets import unifusion_8b
 
 WEIGHTS = Path(__file__).parents[1] / "weights" / "micro" / "vlm"
-DTYPE = torch.bfloat16
+DEVICE, DTYPE = "cuda", torch.bfloat16
 SIZE, CONDITION_TOKENS = 1024, 2860  # px; ten views of 256 tokens and 300 words
 WORDS = 128  # decoded
 # dense bf16 FLOP/s of the data sheets, by a part of the card's name
@@ -62,7 +62,7 @@ def dit_forward(peak: float, repeats: int, *, compiled: bool = False) -> float:
     if compiled:
         for block in dit.blocks:
             block.compile(dynamic=False)
-    inputs = _dit_inputs(spec, "cuda")
+    inputs = _dit_inputs(spec, DEVICE)
     return flops / _seconds(lambda: dit(*inputs), repeats) / peak
 
 
@@ -74,7 +74,7 @@ def lap_floor(peak: float, repeats: int) -> float:
     size = (1, CONDITION_TOKENS, spec.num_layers, spec.width)
     flops = _flops(partial(shape, torch.empty(size, device="meta")))
     lap = _random(shape)
-    states = torch.randn(size, device="cuda", dtype=DTYPE)
+    states = torch.randn(size, device=DEVICE, dtype=DTYPE)
     return _seconds(lambda: lap(states), repeats) * peak / flops
 
 
@@ -102,7 +102,7 @@ MEASURES: dict[str, tuple[Callable[[float, int], float], tuple[str, float], str]
 
 
 def _dit_inputs(spec, device: str) -> tuple[torch.Tensor, ...]:
-    options = {"device": device, "dtype": DTYPE if device == "cuda" else torch.float32}
+    options = {"device": device, "dtype": torch.float32 if device == "meta" else DTYPE}
     side = SIZE // 16  # latents of a VAE of compression 8 in patches of 2, or of one of 16 without
     latents = torch.zeros(1, spec.in_channels, side * spec.patch_size, side * spec.patch_size, **options)
     return latents, torch.full((1,), 0.5, **options), torch.zeros(1, CONDITION_TOKENS, spec.condition_width, **options)
@@ -115,23 +115,32 @@ def _flops(run: Callable[[], object]) -> int:
 
 
 def _random(module: nn.Module) -> nn.Module:
-    module = module.to(DTYPE).to_empty(device="cuda").eval().requires_grad_(False)
+    module = module.to(DTYPE).to_empty(device=DEVICE).eval().requires_grad_(False)
     for parameter in module.parameters():
         parameter.normal_(std=0.02)
     return module
 
 
+# InternVL3-8B's language model
+TEXT = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "layer_types": ["full_attention"] * 28,
+    "vocab_size": 151674,
+}
+
+
 def _vlm() -> FrozenVLM:
-    """InternVL3-8B's language model, random, behind the micro model's tokenizer."""
+    """That language model with random weights, behind the micro model's tokenizer."""
     from transformers import AutoConfig, AutoTokenizer, InternVLForConditionalGeneration
 
     config = AutoConfig.from_pretrained(WEIGHTS, local_files_only=True)
-    text = config.text_config
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 3584, 18944, 28
-    text.num_attention_heads, text.num_key_value_heads = 28, 4
-    text.layer_types = ["full_attention"] * 28
-    text.vocab_size = 151674
-    with torch.device("cuda"):
+    for name, value in TEXT.items():
+        setattr(config.text_config, name, value)
+    with torch.device(DEVICE):
         model = InternVLForConditionalGeneration._from_config(config, dtype=DTYPE)
     return InternVL(model, AutoTokenizer.from_pretrained(WEIGHTS, local_files_only=True))
 
@@ -160,9 +169,14 @@ def _seconds(run: Callable[[], object], repeats: int, warm: int = 2) -> float:
         run()
     best = float("inf")
     for _ in range(repeats):
-        torch.cuda.synchronize()
+        _wait()
         start = time.perf_counter()
         run()
-        torch.cuda.synchronize()
+        _wait()
         best = min(best, time.perf_counter() - start)
     return best
+
+
+def _wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
