@@ -9,6 +9,7 @@ import struct
 from functools import lru_cache
 from pathlib import Path
 
+import comfy
 import folder_paths
 
 EMBEDDED_VLM = "micro (embedded)"
@@ -17,6 +18,7 @@ WEIGHTS = Path(__file__).parents[1] / "unifusion_core" / "weights" / "micro"
 LONGEST_HEADER = 100_000_000  # bytes
 MARKS = frozenset({"unifusion_spec", "dit.time_mod_proj.weight"})
 KREA2_MARKS = frozenset({"txtfusion.projector.weight", "model.diffusion_model.txtfusion.projector.weight"})
+QWEN_VL_MARKS = frozenset({"visual.blocks.0.attn.qkv.weight", "model.visual.blocks.0.attn.qkv.weight"})
 KREA2_VAES = ("qwen_image_vae", "wan_2.1_vae")  # its own; and one that reads the same latents
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")  # one of several; their index stands for them
 MODEL_FOLDERS = ("unifusion", "diffusion_models", "checkpoints")
@@ -32,7 +34,7 @@ def list_models() -> list[str]:
 
 
 def list_vlms() -> list[str]:
-    return [EMBEDDED_VLM, *_vlm_folders()]
+    return [EMBEDDED_VLM, *_vlm_folders(), *_vlm_files()]
 
 
 def model_path(name: str) -> Path:
@@ -49,8 +51,17 @@ def model_path(name: str) -> Path:
 
 
 def vlm_path(name: str) -> Path:
-    """The folder of a listed VLM."""
-    return WEIGHTS / "vlm" if name == EMBEDDED_VLM else _listed(name, _vlm_folders(), "a VLM's folder into models/vlm")
+    """The folder, or the single file, of a listed VLM."""
+    if name == EMBEDDED_VLM:
+        return WEIGHTS / "vlm"
+    return _listed(name, {**_vlm_folders(), **_vlm_files()}, "a VLM's folder into models/vlm")
+
+
+def tokenizer_of(path: Path) -> Path | None:
+    """For a single file of Qwen-VL the tokenizer that ComfyUI brings; None for a folder, which has its own."""
+    if path.is_dir():
+        return None
+    return Path(list(comfy.__path__)[0]) / "text_encoders" / "qwen25_tokenizer"
 
 
 def is_krea2(path: Path) -> bool:
@@ -109,6 +120,22 @@ def _vlm_folders() -> dict[str, Path]:
             for config in sorted(root.glob(pattern)) if root.is_dir() else ():
                 found.setdefault(f"{folder}/{config.parent.relative_to(root).as_posix()}", config.parent)
     return found
+
+
+def _vlm_files() -> dict[str, Path]:
+    """Single files of Qwen-VL, for which ComfyUI brings the tokenizer."""
+    found = {}
+    for folder in VLM_FOLDERS:
+        for name in folder_paths.get_filename_list(folder):
+            path = folder_paths.get_full_path(folder, name)
+            if path and os.sep not in name and _is_qwen_vl(path, os.path.getmtime(path)):
+                found.setdefault(f"{folder}/{name}", Path(path))
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _is_qwen_vl(path: str, modified: float) -> bool:
+    return path.endswith(".safetensors") and not QWEN_VL_MARKS.isdisjoint(tensor_names(Path(path)))
 
 
 @lru_cache(maxsize=4096)

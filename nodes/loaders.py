@@ -25,6 +25,7 @@ from .limits import within_limits
 CATEGORY = "UniFusion/loaders"
 DTYPES = {"default": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+NONE = "none"
 TRAINED_ON_TEXT = (
     "The open weights of Krea 2 were trained on text: tokens of pictures vary what is shown, they edit no picture."
 )
@@ -44,22 +45,47 @@ class LoadVLM(io.ComfyNode):
                     "vlm",
                     options=list_vlms(),
                     default=EMBEDDED_VLM,
-                    tooltip="The embedded micro VLM, or a transformers folder in models/vlm or models/text_encoders.",
-                )
+                    tooltip="The embedded micro VLM; a transformers folder in models/vlm or models/text_encoders; or a "
+                    "single file of Qwen-VL there.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default="default",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Of the weights; default is fp32 on a CPU and bf16 on a card that can.",
+                ),
+                io.Combo.Input(
+                    "quantization",
+                    options=[NONE, "bnb-4bit", "bnb-8bit", "torchao-int8", "fp8"],
+                    default=NONE,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Squeezes the weights while loading, where that package is installed; the words change.",
+                ),
+                io.Boolean.Input(
+                    "offload",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="For a card that is too small: accelerate spreads the layers over card, memory and disk.",
+                ),
             ],
             outputs=[sockets.VLM.Output(display_name="vlm", tooltip="To UniFusion Rewrite.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, vlm: str) -> str:
+    def fingerprint_inputs(cls, vlm: str, dtype="default", quantization="none", offload=False) -> str:
         return stamp(vlm_path(vlm))
 
     @classmethod
     @within_limits
-    def execute(cls, vlm: str) -> io.NodeOutput:
+    def execute(cls, vlm: str, dtype="default", quantization="none", offload=False) -> io.NodeOutput:
         from .weights import load_vlm
 
-        return io.NodeOutput(load_vlm(vlm_path(vlm)))
+        squeezed = None if quantization == NONE else quantization
+        return io.NodeOutput(load_vlm(vlm_path(vlm), DTYPES[dtype], squeezed, offload))
 
 
 class VLMFromCLIP(io.ComfyNode):

@@ -13,13 +13,13 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..unifusion_core.checkpoint import load_into, load_tensors, read_spec
 from ..unifusion_core.conditioning.pooling import build_pooling
 from ..unifusion_core.conditioning.refiner import Refiner
-from ..unifusion_core.conditioning.vlm import load_vlm as load_vlm_folder
+from ..unifusion_core.conditioning.vlm import load_vlm as load_vlm_files
 from ..unifusion_core.fusion import FusionHead
 from ..unifusion_core.lora import to_comfy
 from ..unifusion_core.pipeline import load_vae
 from ..unifusion_core.presets import ModelSpec, spec_from_dict
 from . import stepping
-from .files import WEIGHTS
+from .files import WEIGHTS, tokenizer_of
 from .memory import LOADED, ManagedFusion, ManagedVLM, managed
 from .model import SPEC_TENSOR, ComfyVAE, load_dit
 
@@ -32,12 +32,23 @@ ONLY_DIT = (
 NO_VAE = "there is no vae.safetensors beside this model: connect a VAE of {channels} channels by core's Load VAE"
 
 
-def load_vlm(folder: Path) -> ManagedVLM:
-    key = "vlm", folder, folder.stat().st_mtime_ns
+def load_vlm(
+    path: Path, dtype: torch.dtype | None = None, quantization: str | None = None, offload: bool = False
+) -> ManagedVLM:
+    """A VLM that ComfyUI moves; or, quantised or offloaded, one that stays where its library has put it."""
+    key = "vlm", path, path.stat().st_mtime_ns, dtype, quantization, offload
     shared = LOADED.get(key)
     if shared is None:
-        vlm = load_vlm_folder(folder, dtype=_text_dtype())
-        shared = LOADED[key] = ManagedVLM(vlm, managed(vlm=vlm.model))
+        where = {} if not (quantization or offload) else {"device": management.text_encoder_device()}
+        vlm = load_vlm_files(
+            path,
+            dtype=dtype or _text_dtype(),
+            tokenizer=tokenizer_of(path),
+            quantization=quantization,
+            offload="auto" if offload else None,
+            **where,
+        )
+        shared = LOADED[key] = ManagedVLM(vlm, managed() if where else managed(vlm=vlm.model))
     return shared
 
 

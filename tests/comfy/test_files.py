@@ -30,3 +30,25 @@ def test_a_folder_of_our_recipes_loads_whole(facts):
 def test_only_listed_names_open(facts):
     assert len(facts["refused"]) == 4
     assert all("is not on this server" in message for message in facts["refused"].values())
+
+
+@pytest.fixture(scope="module")
+def options(run_in_comfy):
+    return run_in_comfy(SCRIPTS / "vlm_options.py", str(WEIGHTS))
+
+
+def test_a_single_file_of_qwen_loads_with_comfyuis_tokenizer(options):
+    assert options["listed"][-1] == "text_encoders/qwen3vl_tiny.safetensors"
+    family, layers, shape, text = options["single"]
+    assert (family, layers, text) == ("qwen3_vl", 4, "a big red heart") and shape[2:] == [1, 32]
+
+
+def test_an_offloaded_vlm_writes_the_same_and_stays_out_of_comfyuis_hands(options):
+    first, second = options["words"]
+    assert first and first == second
+    assert options["same copy"] and options["own copy"] and options["patcher holds"] == [True, False]
+
+
+def test_a_quantisation_needs_its_package(options):
+    assert "pip install bitsandbytes" in options["refused"]["package"]
+    assert "nonsense" in options["refused"]["name"]
