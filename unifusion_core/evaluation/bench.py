@@ -51,7 +51,7 @@ def run(model: UniFusion, *, seed: int = 0, repeats: int = 9, progress: Progress
         met = None
         if target and value is not None:
             met = {"<=": value <= target[1], ">=": value >= target[1]}[target[0]]
-        written = target and f"{target[0]} {target[1]:g}"
+        written = target and f"{target[0]} {target[1]:.3g}"
         report["measures"][name] = {"value": value, "target": written, "met": met, "what": what}
     return report
 

@@ -25,6 +25,10 @@ from ..conditioning.vlm import FrozenVLM, Request, load_vlm
 
 WEIGHTS = Path(__file__).parents[1] / "weights" / "micro" / "vlm"
 LAYERS, WIDTH, HEADS, INTERMEDIATE = 28, 448, 4, 2368  # InternVL3-8B's by eighths
+FEW_AND_LARGE = 6, 16384  # layers and MLP of the file to load: the kernel maps some 64 kB of even the smallest tensor
+    6,
+    16384,
+)  # layers and MLP of the file to load: of each tensor, however small, the kernel maps some 64 kB
 TOKENS = 1500  # of the prompt whose states are captured
 LAP = LAPSpec(
     num_layers=10, width=512, num_heads=4, intermediate_size=1408
@@ -82,8 +86,9 @@ def lap_memory() -> float | None:
 
 def load_memory() -> float | None:
     """Resident memory that loading adds before the first pass, over the size of the weights' file."""
-    grown = _peak("load")
-    return None if grown is None else grown / (_folder() / "model.safetensors").stat().st_size
+    folder = _folder(*FEW_AND_LARGE)
+    grown = _peak("load", folder)
+    return None if grown is None else grown / (folder / "model.safetensors").stat().st_size
 
 
 def _cpu_seconds(*sides: Callable[[], object], repeats: int, alternate: bool = True) -> list[float]:
@@ -104,19 +109,23 @@ def _long_request() -> Request:
 
 
 @cache
-def _folder() -> Path:
+def _folder(layers: int | None = None, intermediate: int | None = None) -> Path:
     """A folder with the random VLM, made once per process and removed when it ends."""
     from atexit import register
 
     from transformers import AutoConfig, InternVLForConditionalGeneration
+    from transformers.utils import logging
+
+    layers, intermediate = layers or LAYERS, intermediate or INTERMEDIATE
+    logging.disable_progress_bar()
 
     folder = Path(tempfile.mkdtemp(prefix="unifusion-bench-"))
     register(shutil.rmtree, folder, ignore_errors=True)
     config = AutoConfig.from_pretrained(WEIGHTS, local_files_only=True)
     text = config.text_config
-    text.hidden_size, text.num_hidden_layers, text.intermediate_size = WIDTH, LAYERS, INTERMEDIATE
+    text.hidden_size, text.num_hidden_layers, text.intermediate_size = WIDTH, layers, intermediate
     text.num_attention_heads, text.num_key_value_heads = HEADS, HEADS // 2
-    text.layer_types = ["full_attention"] * LAYERS
+    text.layer_types = ["full_attention"] * layers
     text.max_position_embeddings = 8192
     torch.manual_seed(0)
     model = InternVLForConditionalGeneration(config).to(torch.bfloat16)
@@ -132,7 +141,7 @@ def _wide() -> FrozenVLM:
     return load_vlm(_folder(), dtype=torch.float32)  # many CPUs have no fast bf16
 
 
-def _peak(variant: str) -> int | None:
+def _peak(variant: str, folder: Path | None = None) -> int | None:
     """Bytes that a variant adds, measured in a fresh process; None where Linux's /proc is not there."""
     if not CLEAR.exists():
         return None
@@ -142,7 +151,7 @@ def _peak(variant: str) -> int | None:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [sys.executable, "-m", f"{__package__}.bench_wide", variant, str(_folder())]
+    command = [sys.executable, "-m", f"{__package__}.bench_wide", variant, str(folder or _folder())]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tempfile.gettempdir())
     if done.returncode:
         raise ValueError(f"the measure {variant!r} failed: {done.stderr.strip().splitlines()[-1:]}")
