@@ -26,13 +26,9 @@ from ..conditioning.vlm import FrozenVLM, Request, load_vlm
 WEIGHTS = Path(__file__).parents[1] / "weights" / "micro" / "vlm"
 LAYERS, WIDTH, HEADS, INTERMEDIATE = 28, 448, 4, 2368  # InternVL3-8B's by eighths
 FEW_AND_LARGE = 6, 16384  # layers and MLP of the file to load: the kernel maps some 64 kB of even the smallest tensor
-    6,
-    16384,
-)  # layers and MLP of the file to load: of each tensor, however small, the kernel maps some 64 kB
 TOKENS = 1500  # of the prompt whose states are captured
-LAP = LAPSpec(
-    num_layers=10, width=512, num_heads=4, intermediate_size=1408
-)  # odd widths leave BLAS remainders, which round differently
+# an odd MLP leaves BLAS remainders, which round differently
+LAP = LAPSpec(num_layers=10, width=512, num_heads=4, intermediate_size=1408)
 LAP_TOKENS, LAP_CHUNK = 2860, 256  # the paper's longest condition
 PICTURES, WORDS = 8, 8  # 8 pictures of 10 tiles before a short rewrite: what a prefix cache is for
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
