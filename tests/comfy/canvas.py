@@ -33,6 +33,7 @@ class Box:
     values: dict[str, Any]
     links: dict[str, Link]
     pos: tuple[float, float] = (0.0, 0.0)
+    models: Sequence[Mapping[str, str]] = ()  # files it loads: name, url, directory
 
     def __getitem__(self, output: int) -> Link:
         return self, output
@@ -146,6 +147,8 @@ class Page:
         ours = info["python_module"].startswith("custom_nodes.")
         node["properties"] = dict(self.pack) if ours else {"cnr_id": "comfy-core", "ver": CORE}
         node["properties"]["Node name for S&R"] = box.kind
+        if box.models:
+            node["properties"]["models"] = [dict(one) for one in box.models]
         named: dict[str, Any] = {}
         for one in self.fields(box):
             if one.widget:
@@ -240,5 +243,5 @@ def _link(value: Any) -> Link | None:
 def _default(one: Field) -> Any:
     if "default" in one.options:
         return one.options["default"]
-    options = one.options.get("options", ("",))
+    options = one.options.get("options") or ("",)  # a loader lists nothing where there is no file
     return options[0]["key"] if isinstance(options[0], dict) else options[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -10,11 +11,12 @@ from typing import Any
 from .canvas import Block, Box, Link, Page, Picture
 
 MICRO, BASE = "micro (embedded)", "micro-base (embedded, stage 1)"
+LINK = re.compile(r"\[([^]]+)\]\([^)]+\)")
 STEPS, GUIDANCE = 20, 2.5
 ENLARGE, FURTHER = 4.0, 5.0
 RESULT = (360, 390)  # px of a box that shows a picture
 LOOK = (290, 310)
-REWRITE = (400, 470)
+REWRITE = (400, 620)
 
 STAR_AND_HEART = "a large yellow star at top-right and a small red heart at bottom-left on a black background"
 ONE_PROMPT = "a large yellow star at top-left and a large cyan circle at bottom-right on a black background"
@@ -43,7 +45,7 @@ class Models:
 
 
 def text_to_image(page: Page) -> None:
-    note = _note(
+    about = note(
         page,
         "## Text to image\n"
         "Six boxes, one after the other: the **VLM** reads the prompt and rewrites it (**VERIFI**), **LAP** pools the "
@@ -55,7 +57,7 @@ def text_to_image(page: Page) -> None:
     models = _models(page)
     words = _words(page, models, STAR_AND_HEART)
     drawn = _drawn(page, models, words.tokens, seed=2, save="text_to_image")
-    page.stack(note, models.block)
+    page.stack(about, models.block)
     page.stack(Block("Prompt → condition tokens", "words", [[words.rewrite], [words.pooled, words.tokens]]))
     page.stack(Block("Noise → picture", "picture", [[drawn.sampler, drawn.decode], [drawn.enlarge, drawn.show]]))
     page.thumbnail = [[Picture(drawn.decode)]]
@@ -64,7 +66,7 @@ def text_to_image(page: Page) -> None:
 def verifi(page: Page) -> None:
     prompt = "a heart in the color of blood and a star in the color of the sun on a background in the color of night"
     own = "two shapes on a white background : a large yellow star at top-right , a large red heart at bottom-left"
-    note = _note(
+    about = note(
         page,
         "## VERIFI, with and without\n"
         "The prompt has to be understood: which colour is that of blood, of the sun, of the night?\n\n"
@@ -75,7 +77,7 @@ def verifi(page: Page) -> None:
         "Same seed, same noise, in all three.",
     )
     models = _models(page)
-    page.stack(note, models.block)
+    page.stack(about, models.block)
     lanes = []
     for label, given in (("with VERIFI", {}), ("without", {"sampling": "off"}), ("your own words", {"text": own})):
         words = _words(page, models, prompt, **given)
@@ -88,7 +90,7 @@ def verifi(page: Page) -> None:
 
 
 def edit(page: Page) -> None:
-    note = _note(
+    about = note(
         page,
         "## Edit\n"
         "The picture goes into the **VLM** beside the instruction, never into the VAE: its tokens carry what no words "
@@ -100,7 +102,7 @@ def edit(page: Page) -> None:
     source = _scene(page, SOURCE, seed=3)
     words = _words(page, models, EDIT, images=[source.scene])
     drawn = _drawn(page, models, words.tokens, seed=1, save="edit")
-    page.stack(note, models.block)
+    page.stack(about, models.block)
     page.stack(source.block)
     page.stack(Block("Picture and instruction → tokens", "words", [[words.rewrite], [words.pooled, words.tokens]]))
     page.stack(Block("Noise → picture", "picture", [[drawn.sampler, drawn.decode], [drawn.enlarge, drawn.show]]))
@@ -108,7 +110,7 @@ def edit(page: Page) -> None:
 
 
 def zero_shot_edit(page: Page) -> None:
-    note = _note(
+    about = note(
         page,
         "## Edit without training\n"
         "The stage 1 model drew from words and drew pictures again, but never saw an edit. It edits all the same if "
@@ -121,7 +123,7 @@ def zero_shot_edit(page: Page) -> None:
     models = _models(page, BASE)
     source = _scene(page, SOURCE, seed=3)
     words = _words(page, models, EDIT, refine=False, images=[source.scene])
-    page.stack(note, models.block)
+    page.stack(about, models.block)
     page.stack(source.block)
     page.stack(Block("Picture and instruction → pooled tokens", "words", [[words.rewrite, words.pooled]]))
     lanes = []
@@ -134,7 +136,7 @@ def zero_shot_edit(page: Page) -> None:
 
 
 def multi_reference(page: Page) -> None:
-    note = _note(
+    about = note(
         page,
         "## Several references\n"
         "The prompt speaks of the pictures by number: *image one*, *image two*. Connect one more and another socket "
@@ -152,7 +154,7 @@ def multi_reference(page: Page) -> None:
     prompt = "combine the star from image one with the circle from image two"
     words = _words(page, models, prompt, images=[one.scene, two.scene])
     drawn = _drawn(page, models, words.tokens, seed=0, save="multi_reference")
-    page.stack(note, models.block)
+    page.stack(about, models.block)
     page.stack(one.block, two.block)
     page.stack(Block("Pictures and instruction → tokens", "words", [[words.rewrite], [words.pooled, words.tokens]]))
     page.stack(Block("Noise → picture", "picture", [[drawn.sampler, drawn.decode], [drawn.enlarge, drawn.show]]))
@@ -163,7 +165,7 @@ def multi_reference(page: Page) -> None:
 
 
 def image_variation(page: Page) -> None:
-    note = _note(
+    about = note(
         page,
         "## Image variation\n"
         "What do image tokens carry that words do not? One pass of the VLM, then **Select Tokens**:\n\n"
@@ -175,7 +177,7 @@ def image_variation(page: Page) -> None:
     things = "a large yellow star at top-right , a small blue circle at bottom-right"
     source = _scene(page, f"two shapes on a white background : {things}", seed=2)
     words = _words(page, models, "describe the image", refine=False, images=[source.scene])
-    page.stack(note, models.block)
+    page.stack(about, models.block)
     page.stack(source.block)
     page.stack(Block("Picture → pooled tokens", "words", [[words.rewrite, words.pooled]]))
     lanes = []
@@ -190,7 +192,7 @@ def image_variation(page: Page) -> None:
 
 
 def cross_fade(page: Page) -> None:
-    note = _note(
+    about = note(
         page,
         "## Cross-fade of two prompts\n"
         "`>` in a schedule fades: `a:0-0.3 > b:0.6-1` is *a* for the first 6 of 20 steps, *b* for the last 8, and both "
@@ -201,7 +203,7 @@ def cross_fade(page: Page) -> None:
     )
     models = _models(page)
     one, other = (_words(page, models, prompt) for prompt in (ONE_PROMPT, OTHER_PROMPT))
-    page.stack(note, models.block)
+    page.stack(about, models.block)
     page.stack(*(_words_block(title, words) for title, words in (("Prompt a", one), ("Prompt b", other))))
     lanes = []
     for title, text in (("early fade", "a:0-0.3 > b:0.6-1"), ("late fade", "a:0-0.6 > b:0.8-1")):
@@ -219,7 +221,7 @@ def cross_fade(page: Page) -> None:
 
 
 def mix(page: Page) -> None:
-    note = _note(
+    about = note(
         page,
         "## Three ways to mix\n"
         "Two prompts, the same noise:\n\n"
@@ -231,7 +233,7 @@ def mix(page: Page) -> None:
     )
     models = _models(page)
     one, other = (_words(page, models, prompt) for prompt in (ONE_PROMPT, OTHER_PROMPT))
-    page.stack(note, models.block)
+    page.stack(about, models.block)
     page.stack(*(_words_block(title, words) for title, words in (("Prompt a", one), ("Prompt b", other))))
     lanes = []
     for mode in ("concatenate", ("average", {"weight": 0.5}), ("prediction", {"weight": 0.5})):
@@ -246,7 +248,7 @@ def mix(page: Page) -> None:
 
 
 def layer_dropout(page: Page) -> None:
-    note = _note(
+    about = note(
         page,
         "## Layers: look, and take out\n"
         "The micro VLM is tapped at layers 2, 5, 8 and 11. **Layer Inspector** draws what LAP makes of them; **Layer "
@@ -256,7 +258,7 @@ def layer_dropout(page: Page) -> None:
     )
     models = _models(page)
     words = _words(page, models, STAR_AND_HEART)
-    page.stack(note, models.block)
+    page.stack(about, models.block)
     whole = _drawn(page, models, words.tokens, seed=2, title="Sample: all layers")
     lanes = [("all layers", [], whole)]
     for layers in ("5", "5, 8, 11"):
@@ -286,7 +288,7 @@ def layer_dropout(page: Page) -> None:
 
 
 def core_nodes(page: Page) -> None:
-    note = _note(
+    about = note(
         page,
         "## On core's nodes\n"
         "The MODEL and the VAE are ComfyUI's own kinds: behind the conditioning, everything here is core. *KSampler* "
@@ -311,14 +313,14 @@ def core_nodes(page: Page) -> None:
     )
     decode = page.box("VAEDecode", samples=sampler, vae=model[2])
     enlarge, show = _shown(page, decode, save="core_nodes")
-    page.stack(note, Block("Models", "models", [[vlm, model, negative]]))
+    page.stack(about, Block("Models", "models", [[vlm, model, negative]]))
     page.stack(Block("Prompt → condition tokens", "words", [[words.rewrite], [words.pooled, words.tokens]]))
     page.stack(Block("Core nodes only", "picture", [[latent, sampler], [decode, enlarge, show]]))
     page.thumbnail = [[Picture(decode, "KSampler, VAE Decode")]]
 
 
 def schedule_three_ways(page: Page) -> None:
-    note = _note(
+    about = note(
         page,
         "## One schedule, three ways, on core's KSampler\n"
         "3 of 20 steps for the picture, 17 for the words; all three branches draw the same picture.\n\n"
@@ -333,7 +335,7 @@ def schedule_three_ways(page: Page) -> None:
     source = _scene(page, SOURCE, seed=3)
     words = _words(page, models, EDIT, refine=False, images=[source.scene])
     plan = _schedule(page, "image:0-0.15, text:0.15-1", {"a": words.pooled}, fusion=models.fusion)
-    page.stack(note, models.block)
+    page.stack(about, models.block)
     page.stack(source.block)
     page.stack(
         Block("Picture and instruction", "words", [[words.rewrite, words.pooled]]),
@@ -396,8 +398,8 @@ class Source:
     block: Block
 
 
-def _note(page: Page, text: str) -> Box:
-    paragraphs = text.split("\n")
+def note(page: Page, text: str) -> Box:
+    paragraphs = LINK.sub(r"\1", text).split("\n")
     lines = sum(ceil(len(paragraph) / 60) for paragraph in paragraphs)
     return page.box("MarkdownNote", "What this shows", size=(400, 40 + 17 * lines + 8 * len(paragraphs)), text=text)
 

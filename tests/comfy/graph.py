@@ -7,12 +7,15 @@ from typing import Any
 
 NODE_IDS = (  # ids never change
     "UniFusionLoadVLM",
+    "UniFusionVLMFromCLIP",
     "UniFusionLoadModel",
+    "UniFusionFusionFromModel",
     "UniFusionLoadLoRA",
     "UniFusionRewrite",
     "UniFusionLAPEncode",
     "UniFusionRefine",
     "UniFusionEmptyConditioning",
+    "UniFusionEncodeForModel",
     "UniFusionSelectTokens",
     "UniFusionMixConditioning",
     "UniFusionSchedule",
@@ -112,14 +115,14 @@ def text_to_image(graph: Graph, prompt: str = CAPTION, size: int = 64, **samplin
 
 
 def every_node(graph: Graph, lora: str) -> dict[str, Node]:
-    """Adds one box of every node of the pack, joined into a job that runs; the boxes by node id."""
+    """Adds one box of every node of the pack, joined into a job that runs where standins/ are; the boxes by node id."""
     box = {}
 
     def add(kind: str, **inputs: Any) -> None:
         box[kind] = graph.add(kind, **inputs)
 
     add("UniFusionMicroScene", caption=CAPTION, seed=1)
-    add("UniFusionLoadVLM", vlm="micro (embedded)")
+    add("UniFusionLoadVLM", vlm="micro (embedded)", dtype="default", quantization="none", offload=False)
     add("UniFusionLoadModel", model="micro (embedded)", dtype="default")
     vlm, model = box["UniFusionLoadVLM"], box["UniFusionLoadModel"]
     add("UniFusionLoadLoRA", model=model, lora=lora, strength=1.0)
@@ -132,6 +135,11 @@ def every_node(graph: Graph, lora: str) -> dict[str, Node]:
         max_new_tokens=24,
         text="",
         system_prompt="",
+        profile="none",
+        think="limit",
+        think_tokens=8,
+        protect_quotes=False,
+        token_budget=0,
         **{"images.image0": box["UniFusionMicroScene"]},
         **{"sampling.temperature": 0.7, "sampling.top_p": 0.9, "sampling.seed": 1},
     )
@@ -172,4 +180,12 @@ def every_node(graph: Graph, lora: str) -> dict[str, Node]:
         denoise=1.0,
     )
     add("UniFusionVAEDecode", vae=model[2], samples=box["UniFusionSampler"])
+    clip = graph.add("CLIPLoader", clip_name="qwen3vl_4b_fp8_scaled.safetensors", type="krea2")
+    add("UniFusionVLMFromCLIP", clip=clip, dtype="default")
+    dit = graph.add("UNETLoader", unet_name="krea2_turbo_fp8_scaled.safetensors", weight_dtype="default")
+    add("UniFusionFusionFromModel", model=dit)
+    reader = box["UniFusionVLMFromCLIP"]
+    words = {"prompt": CAPTION, "max_tiles": 1, "sampling": "off", "max_new_tokens": 8, "profile": "krea2"}
+    states = graph.add("UniFusionRewrite", vlm=reader, **words)
+    add("UniFusionEncodeForModel", hidden=states, profile="krea2", tokens="profile's own", vlm=reader)
     return box

@@ -53,7 +53,7 @@ class Case:
 
 
 class Cases:
-    """`base` is one job of every node, with a box that shows each node's first output."""
+    """`base` is one job of every node, with a box that shows each node's first output; it wants the standins/."""
 
     def __init__(self, infos: dict[str, dict], lora: str, outside: list[str]):
         graph = Graph()
@@ -89,6 +89,8 @@ class Cases:
                 yield label, value, False
             if kind.startswith("UniFusionLoad"):
                 yield from ((f"outside: {name}", name, False) for name in self.outside)
+        elif sort == "BOOLEAN":  # core makes a truth value of anything
+            yield from ((label, value, True) for label, value in (WRONG | {"number": 5, "nan": NAN}).items())
         elif sort == "COMFY_DYNAMICCOMBO_V3":
             for label, value in ({"unknown": "bogus", "empty": "", "number": 3} | WRONG | TEXTS).items():
                 yield label, value, False

@@ -6,13 +6,27 @@ import numpy as np
 import pytest
 
 from .canary import watched
+from .client import Client
 from .graph import NODE_IDS, Graph, text_to_image
 from .hostile import Cases
-from .server import REPO, read_header, write_tensors
+from .server import REPO, Server, read_header, write_tensors
+from .standin_server import make_standin_base
 
 DEADLINE_S = 30  # of a case; a second is usual
 MOST = 1000  # characters of a message
 LORA = "tiny.safetensors"
+
+
+@pytest.fixture(scope="module")
+def server(comfy, tmp_path_factory):
+    """One on which the nodes for public weights run too."""
+    with Server(comfy, make_standin_base(tmp_path_factory.mktemp("hostile") / "base", comfy)) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return Client(server)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,9 @@
-"""Thumbnails of workflows, put together from the pictures that they make."""
+"""Thumbnails of workflows, put together from the pictures that they make, or of the graphs themselves."""
 
 from __future__ import annotations
 
+import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .canvas import Page
 from .client import Client
-from .ui_to_api import to_api
+from .server import Server
+from .ui_to_api import NOTES, to_api
+
+OPENER = Path(__file__).parent / "browser" / "workflows.mjs"
 
 SIDE, MARGIN, GAP, WORD = 480, 16, 12, 24  # px; WORD is the height of a label
 HEAD = 72  # px under which the template browser writes "Node graph"
@@ -35,6 +40,16 @@ def pictures(client: Client, page: Page, workflow: Mapping[str, Any]) -> list[li
         ]
         for row in page.thumbnail
     ]
+
+
+def graph(server: Server, name: str, page: Page) -> list[list[Cell]]:
+    """The template `name` as the frontend shows it, under the heading of its note."""
+    heading = next(box for box in page.boxes if box.kind in NOTES).values["text"].partition("\n")[0].removeprefix("## ")
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--graph", "--shots", folder, "--only", name]
+        subprocess.run(["node", str(OPENER), f"http://{server.address}", *options], check=True, capture_output=True)
+        with Image.open(Path(folder) / f"{name}.png") as picture:
+            return [[(picture.convert("RGB"), heading)]]
 
 
 def compose(rows: Sequence[Sequence[Cell]]) -> Image.Image:

@@ -18,12 +18,15 @@ const PROMPT = "the shape with three sides in the color of grass and a red heart
 /** Node id → how its picture is staged; each returns the ids of the nodes to show. */
 const STAGES = {
   UniFusionLoadVLM: alone,
+  UniFusionVLMFromCLIP: alone,
   UniFusionLoadModel: alone,
+  UniFusionFusionFromModel: (page, id) => alone(page, id, {}, 350),
   UniFusionLoadLoRA: alone,
   UniFusionRewrite: rewriting,
   UniFusionLAPEncode: alone,
   UniFusionRefine: alone,
   UniFusionEmptyConditioning: alone,
+  UniFusionEncodeForModel: (page, id) => alone(page, id, { profile: "boogu-edit", tokens: "image + rewrite" }),
   UniFusionSelectTokens: alone,
   UniFusionMixConditioning: (page, id) => alone(page, id, { mode: "average" }),
   UniFusionSchedule: scheduling,
@@ -37,10 +40,10 @@ const STAGES = {
   UniFusionMicroScene: drawing,
 };
 
-async function alone(page, id, values = {}) {
+async function alone(page, id, values = {}, least = LEAST) {
   const [node] = await place(page, [[id, 0, 0]]);
   await write(page, node, values);
-  await resize(page, node, [LEAST, 0]);
+  await resize(page, node, [least, 0]);
   return [node];
 }
 

@@ -54,9 +54,12 @@ async function run(page) {
   });
 }
 
-/** Each text continues the one before it. */
-function checkStream(texts) {
-  check(texts.length > 3, `the text did not stream: it had ${texts.length} states`);
+/** Above the text stands how many tokens there are, until it is finished; each text continues the one before it. */
+function checkStream(states) {
+  check(states.length > 3, `the text did not stream: it had ${states.length} states`);
+  const heading = /^\d+ tokens: [^\n]*\n*/;
+  check(heading.test(states.at(-2)) && !heading.test(states.at(-1)), `no count of tokens: '${states.at(-2)}'`);
+  const texts = states.map((state) => state.replace(heading, ""));
   texts.slice(1).forEach((text, index) => {
     check(text.startsWith(texts[index].trimEnd()), `the text jumped from '${texts[index]}' to '${text}'`);
   });
