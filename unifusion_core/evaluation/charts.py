@@ -1,4 +1,4 @@
-"""Numbers → charts as PIL images 1024 px wide: bars, lines, and heat maps of tokens × layers. Needs only Pillow.
+"""Numbers → charts as PIL images 1024 px wide: bars, lines, dots, and heat maps of tokens × layers. Only Pillow.
 
 Lengths are in px of the finished picture; a Canvas draws at twice that size for smooth edges.
 """
@@ -6,7 +6,7 @@ Lengths are in px of the finished picture; a Canvas draws at twice that size for
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -27,6 +27,7 @@ CAPTION = 66  # height of what stands under a plot: tick labels and the axis's n
 NOTE, LINE = 34, 19  # heights of the foot with one note, and of each further note
 INSET = 28  # between the frame of a line chart and its first and last point
 STRIP = 22  # height of a heat map's row of spans
+ROW, ACROSS = 34, 4  # of a dot chart: height of a row, most panels side by side
 WIDEST_CELL = 56  # of a heat map's columns
 ZOOMED = 60  # most tokens of the heat map that is written out
 TEXT_HEIGHT = 112  # of token texts
@@ -47,12 +48,29 @@ COLOR_MAP = (
 
 
 class Series(NamedTuple):
-    """A line of a line chart."""
+    """A line of a line chart; NaN leaves a point out. `spread`: the (low, high) of each point, drawn as a bar."""
 
     name: str
     values: Sequence[float]
     color: Color
     marker: Marker = "circle"
+    spread: Sequence[tuple[float, float] | None] | None = None
+
+
+class Dots(NamedTuple):
+    """A row of a dot chart: a mean with its interval, and the values behind it."""
+
+    name: str
+    mean: float
+    interval: tuple[float, float] | None
+    values: Sequence[float]
+
+
+class Panel(NamedTuple):
+    """A plot of a dot chart, with an axis of its own."""
+
+    label: str
+    rows: Sequence[Dots]
 
 
 class Band(NamedTuple):
@@ -114,12 +132,15 @@ def line_chart(
     canvas = _sheet(HEIGHT - NOTE, title, note)
     margin = 70 + max(length(entry.name, LABEL) for entry in series)
     box = (LEFT, TOP, WIDTH - margin, HEIGHT - NOTE - CAPTION)
-    values = [value for entry in series for value in entry.values]
+    values = [value for entry in series for value in (*entry.values, *_ends(entry)) if not math.isnan(value)]
     y = _vertical(canvas, box, min(values) if low is None else low, max(values), y_label)
     step = (box[2] - box[0] - 2 * INSET) / max(len(names) - 1, 1)
     x = [box[0] + INSET + step * i for i in range(len(names))]
     for entry in series:
-        points = [(x[i], y(value)) for i, value in enumerate(entry.values)]
+        for middle, spread in zip(x, entry.spread or (), strict=False):
+            if spread:
+                canvas.line([(middle, y(spread[0])), (middle, y(spread[1]))], entry.color, 1.5)
+        points = [(x[i], y(value)) for i, value in enumerate(entry.values) if not math.isnan(value)]
         if len(points) > 1:
             canvas.line(points, entry.color, 2.5)
         for point in points:
@@ -130,6 +151,28 @@ def line_chart(
         canvas.marker(box[2] + 17, height, entry.marker, entry.color, 4)
         canvas.text(box[2] + 30, height, entry.name, LABEL, anchor="lm")
     _horizontal(canvas, box, x, names, x_label)
+    return canvas.finish()
+
+
+def dot_chart(panels: Sequence[Panel], *, title: str, note: str = "") -> Image.Image:
+    """Draws means with their intervals as bars and single values as small dots, up to `ACROSS` panels side by side.
+
+    Rows are joined by name; a panel without a row leaves its place empty.
+    """
+    names = list(dict.fromkeys(row.name for panel in panels for row in panel.rows))
+    left = 24 + max(map(length, names)) + 18
+    bands = [panels[at : at + ACROSS] for at in range(0, len(panels), ACROSS)]
+    tall = ROW * len(names) + 12
+    canvas = _sheet(TOP + len(bands) * (tall + CAPTION + 10) - 10, title, note)
+    wide = (WIDTH - 24 - left) / min(len(panels), ACROSS)
+    for number, band in enumerate(bands):
+        top = TOP + number * (tall + CAPTION + 10)
+        height = {name: top + 10 + ROW * (i + 0.5) for i, name in enumerate(names)}
+        for name in {row.name for panel in band for row in panel.rows}:
+            canvas.text(left - 18, height[name], name, anchor="rm")
+        for place, panel in enumerate(band):
+            box = (left + place * wide, top, left + (place + 1) * wide - 22, top + tall)
+            _dots(canvas, box, panel, height)
     return canvas.finish()
 
 
@@ -231,6 +274,35 @@ def _vertical(canvas: Canvas, box: Box, low: float, high: float, label: str):
         canvas.text(box[0] - 10, y(tick), f"{tick:.{digits}f}", color=FADED, anchor="rm")
     canvas.upright(26, (box[1] + box[3]) / 2, label, LABEL)
     return y
+
+
+def _dots(canvas: Canvas, box: Box, panel: Panel, height: Mapping[str, float]) -> None:
+    """Draws one panel, whose axis is widened to round numbers around all that it shows."""
+    shown = [v for row in panel.rows for v in (row.mean, *row.values, *(row.interval or ()))]
+    ticks = _ticks(min(shown), max(shown), 3, outer=True)
+    low, high = ticks[0], ticks[-1]
+
+    def x(value: float) -> float:
+        return box[0] + 8 + (value - low) / (high - low) * (box[2] - box[0] - 16)
+
+    digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+    if any(abs(round(tick, digits) - tick) > 1e-9 * (high - low) for tick in ticks):
+        digits += 1
+    for tick in ticks:
+        canvas.line([(x(tick), box[1]), (x(tick), box[3])], GRID)
+    _horizontal(canvas, box, [x(tick) for tick in ticks], [f"{tick:.{digits}f}" for tick in ticks], panel.label)
+    for row in panel.rows:
+        y = height[row.name]
+        if row.interval:
+            canvas.line([(x(row.interval[0]), y), (x(row.interval[1]), y)], BAR, 2)
+        for value in row.values:
+            canvas.marker(x(value), y, "circle", FADED, 2.5)
+        canvas.marker(x(row.mean), y, "diamond", BAR, 5)
+        canvas.text(x(row.mean), y - 8, f"{row.mean:.{max(2, digits)}f}", SMALL, anchor="ms")
+
+
+def _ends(entry: Series) -> list[float]:
+    return [end for spread in entry.spread or () if spread for end in spread]
 
 
 def _horizontal(canvas: Canvas, box: Box, at: Sequence[float], names: Sequence[str], label: str) -> None:

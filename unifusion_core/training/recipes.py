@@ -1,6 +1,7 @@
 """Recipes by name: each trains one part in one seeded, resumable pass and saves it where the next one finds it.
 
-`micro-vae` and `micro-vlm` stand alone; `micro-stage1` needs both in the same folder, `micro-stage2` needs stage 1.
+`micro-vae`, `micro-vlm` and `micro-t5` stand alone; `micro-stage1` needs the first two in the same folder,
+`micro-stage2` needs stage 1.
 A finished folder is what `load_model` opens: `vlm/`, `vae.safetensors`, `base.safetensors`, `edit.safetensors`.
 """
 
@@ -17,7 +18,7 @@ from accelerate import PartialState
 from ..conditioning.vlm import load_vlm
 from ..diffusion.vae import preview_colors
 from ..pipeline import load_generator, load_vae, save_generator, save_vae
-from . import micro_dit, micro_vae, micro_vlm
+from . import micro_dit, micro_t5, micro_vae, micro_vlm
 from .loop import LoopSpec
 
 
@@ -51,6 +52,13 @@ def _vlm(out: Path, loop: LoopSpec, device: str | None) -> Path:
     if PartialState().is_main_process:
         micro_vlm.save(vlm, micro_vlm.build_tokenizer(), out / "vlm")
     return out / "vlm"
+
+
+def _t5(out: Path, loop: LoopSpec, device: str | None) -> Path:
+    t5 = micro_t5.train(out / "runs" / "micro-t5", loop=loop, device=device)
+    if PartialState().is_main_process:
+        micro_t5.save(t5, out / "t5")
+    return out / "t5"
 
 
 def _stage1(out: Path, loop: LoopSpec, device: str | None) -> Path:
@@ -105,6 +113,7 @@ def _needs(path: Path, recipe: str) -> None:
 RECIPES: dict[str, tuple[Callable[[Path, LoopSpec, str | None], Path], LoopSpec]] = {
     "micro-vae": (_vae, micro_vae.LOOP),
     "micro-vlm": (_vlm, micro_vlm.LOOP),
+    "micro-t5": (_t5, micro_t5.LOOP),
     "micro-stage1": (_stage1, micro_dit.STAGE1),
     "micro-stage2": (_stage2, micro_dit.STAGE2),
 }

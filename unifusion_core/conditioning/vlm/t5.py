@@ -83,9 +83,7 @@ class T5TextEncoder:
         return states * mask[..., None], mask
 
 
-def load_t5(
-    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> T5TextEncoder:
+def load_t5(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> T5TextEncoder:
     """Loads the encoder of a T5 and its tokenizer from a transformers folder; nothing is downloaded.
 
     Args:
