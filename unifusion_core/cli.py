@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .verbs import (
+    LARGE,
     RECIPES,
     bench,
     check_target,
@@ -20,6 +21,7 @@ from .verbs import (
     evaluate_reconstruction,
     evaluate_vqa,
     generate,
+    reproduce,
     rewrite,
     train,
 )
@@ -77,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--schedule", metavar="S", help="who speaks when, as 'image:0-0.15, text:0.15-1' (default: all)")
     modes = ", ".join(map(repr, KEEP_MODES))
     verb.add_argument("--keep", choices=KEEP_MODES, metavar="MODE", help=f"tokens that guide the picture: {modes}")
-    verb.add_argument("--no-rewrite", dest="rewrite", action="store_false", help="use the prompt's own tokens")
+    words = verb.add_mutually_exclusive_group()
+    words.add_argument("--no-rewrite", dest="rewrite", action="store_false", help="use the prompt's own tokens")
+    words.add_argument("--replay", type=Path, metavar="F", help="take the rewrite of an earlier .png or --json report")
     verb.add_argument("--steps", type=_whole(1, 10_000), metavar="N", help="default: the model's, 20 for micro")
     verb.add_argument("--guidance", type=_number, metavar="G", help="1 = none (default: the model's)")
     verb.add_argument("--size", type=_size, metavar="WxH", help="in px (default: 64x64, or the source's with --edit)")
@@ -87,14 +91,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--out", type=Path, required=True, metavar="F.png", help="where the picture goes")
 
-    _verb(
+    verb = _verb(
         verbs,
         "rewrite",
         rewrite,
         [_common(), _model(), _krea2(), _request()],
         "print what the VLM makes of a prompt (VERIFI)",
-        'unifusion rewrite "the shape with three sides in the color of grass"',
+        'unifusion rewrite "the shape with three sides in the color of grass"\n'
+        '  unifusion rewrite "make it night" --image street.png --vlm Qwen3-VL-4B-Instruct',
     )
+    verb.add_argument("--vlm", type=Path, metavar="DIR|F", help="any VLM by itself, instead of a model's (--model)")
 
     suites = _verb(verbs, "evaluate", None, [], "score a model", "unifusion evaluate micro --n 200 --json scores.json")
     suites = suites.add_subparsers(title="suites", metavar="SUITE", required=True)
@@ -131,18 +137,26 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--comfy", action="store_true", help="of the node pack in the ComfyUI on this machine instead")
     where.add_argument("--gpu", action="store_true", help="of the paper's sizes, random weights, on this card")
 
+    _reproduce(verbs)
+
     verb = _verb(
         verbs,
         "train",
         train,
-        [_common()],
-        "train the micro model",
-        "unifusion train micro-vae --out runs/micro --steps 100",
+        [_common(), _own_data()],
+        "train the micro model, or a model of any size on your own pictures",
+        "unifusion train micro-vae --out runs/micro --steps 100\n"
+        "  unifusion train generator --preset unifusion-8b --vlm InternVL3-8B-hf --vae vae.safetensors --data shards "
+        "--out stage1\n"
+        "  unifusion train generator --init stage1/model.safetensors --stage 2 --vlm InternVL3-8B-hf "
+        "--vae vae.safetensors --data edits --out stage2",
     )
     verb.add_argument(
         "--compile", action="store_true", help="compile the transformer blocks of stages 1 and 2; needs a C++ compiler"
     )
-    verb.add_argument("recipe", nargs="?", choices=tuple(RECIPES), metavar="RECIPE", help=", ".join(RECIPES))
+    verb.add_argument(
+        "recipe", nargs="?", choices=(*RECIPES, *LARGE), metavar="RECIPE", help=", ".join((*RECIPES, *LARGE))
+    )
     verb.add_argument("--out", type=Path, metavar="DIR", help="folder for weights and logs")
     verb.add_argument("--steps", type=_whole(1), metavar="N", help="default: the recipe's")
     verb.add_argument("--list", action="store_true", help="describe the recipes")
@@ -150,6 +164,72 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--gpus", type=_list(1), default=(1, 8, 64), metavar="N,…", help="of the plan (default: 1,8,64)")
     verb.set_defaults(device=None)  # accelerate chooses
     return parser
+
+
+def _reproduce(verbs) -> None:
+    """The paper's claims."""
+    verb = _verb(
+        verbs,
+        "reproduce",
+        reproduce,
+        [_common()],
+        "repeat the paper's claims at toy scale",
+        "unifusion reproduce all --list\n  unifusion reproduce conditioning --jobs 2 --json conditioning.json",
+    )
+    verb.add_argument(
+        "claim", nargs="?", default="all", metavar="CLAIM", help="all (default), or one that --list names"
+    )
+    verb.add_argument(
+        "--out", type=Path, default=Path("reproduce"), metavar="DIR", help="for arms and results; goes on there"
+    )
+    verb.add_argument("--seeds", type=_whole(1), default=3, metavar="N", help="from that of --seed on (default: 3)")
+    verb.add_argument("--steps", type=_whole(1), metavar="N", help="of the reference arm; the others cost the same")
+    verb.add_argument("--n", type=_whole(1), default=200, metavar="N", help="cases of a measure (default: 200)")
+    verb.add_argument("--jobs", type=_whole(1), default=1, metavar="J", help="processes of one thread (default: 1)")
+    verb.add_argument("--list", action="store_true", help="show the claims, their arms and what they would cost here")
+    verb.add_argument("--markdown", type=Path, metavar="F.md", help="write a page, with its pictures in a folder F")
+
+
+def _own_data() -> argparse.ArgumentParser:
+    """Of `train generator`; None where `training.generator` or the preset decides."""
+    parent = _Parser(add_help=False)
+    options = parent.add_argument_group("generator: LAP, refiner and DiT on your own pictures")
+    options.add_argument("--preset", metavar="P", help="start from nothing at the sizes of this preset")
+    options.add_argument("--init", type=Path, metavar="F", help="go on from the weights of this model file")
+    options.add_argument("--vlm", type=Path, metavar="DIR", help="folder of the frozen VLM")
+    options.add_argument("--vae", type=Path, metavar="F", help="file or folder of the frozen VAE")
+    what = "folder or .tar of NAME.png + NAME.txt, or of edits; may be repeated"
+    options.add_argument("--data", type=Path, action="append", metavar="PATH", help=what)
+    options.add_argument("--stage", type=int, choices=(1, 2), help="1: text, pictures, both; 2: edits (default: 1)")
+    options.add_argument(
+        "--batch", type=_whole(1), metavar="N", help="samples a step, over all processes (default: 32)"
+    )
+    options.add_argument("--accumulation", type=_whole(1), metavar="N", help="parts of a step's batch (default: 1)")
+    options.add_argument("--size", dest="side", type=_whole(1), metavar="PX", help="of the square (default: 512)")
+    options.add_argument("--rate", type=_number, metavar="R", help="learning rate (default: 1e-4)")
+    options.add_argument("--warmup", type=_whole(0), metavar="N", help="steps in which the rate rises (default: 100)")
+    options.add_argument("--ema", type=_number, metavar="D", help="decay of the average; 0 = none (default: 0.9999)")
+    options.add_argument(
+        "--tiles", type=_list(1), metavar="N,…", help="most tiles of a picture, in turn (default: 4,9)"
+    )
+    options.add_argument("--mix", type=_shares, metavar="T,P,J", help="of text, picture, joint (default: 0.7,0.2,0.1)")
+    options.add_argument("--dropout", type=_number, metavar="S", help="share of empty conditions (default: 0.1)")
+    options.add_argument("--most-damaged", type=_number, metavar="S", help="share of samples to skip (default: 0.01)")
+    options.add_argument("--fsdp", action="store_true", default=None, help="cut the model over the processes (FSDP2)")
+    options.add_argument(
+        "--checkpointing", action="store_true", default=None, help="compute activations again: less memory"
+    )
+    options.add_argument("--precision", choices=("auto", "bf16", "fp32"), help="default: bf16 where the GPU has it")
+    options.add_argument("--save-every", type=_whole(1), metavar="N", help="steps between states (default: 500)")
+    options.add_argument(
+        "--cache", type=Path, metavar="DIR", help="for latents and lists of samples (default: OUT/cache)"
+    )
+    options.add_argument(
+        "--weights", choices=("bfloat16", "float16", "float32"), help="of the file (default: bfloat16)"
+    )
+    options.add_argument("--copy-vlm", action="store_true", default=None, help="copy the VLM into OUT, not link it")
+    options.add_argument("--workers", type=_whole(1), metavar="N", help="threads that read samples (default: 4)")
+    return parent
 
 
 def _judged_suites(suites) -> None:
@@ -295,7 +375,18 @@ def _request() -> argparse.ArgumentParser:
     options.add_argument(
         "--max-new-tokens", type=_whole(1), default=128, metavar="N", help="of the rewrite (default: 128)"
     )
+    options.add_argument("--token-budget", type=_whole(1), metavar="N", help="most tokens of all pictures together")
+    options.add_argument(
+        "--think", type=_think, default="keep", metavar="keep|drop|N", help="what a VLM thinks first; N: tokens at most"
+    )
+    options.add_argument(
+        "--protect-quotes", action="store_true", help="strings in quotation marks must come back letter by letter"
+    )
     return options
+
+
+def _think(text: str) -> str | int:
+    return text if text in ("keep", "drop") else _whole(1)(text)
 
 
 def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -321,6 +412,13 @@ def _number(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return value
+
+
+def _shares(text: str) -> tuple[float, float, float]:
+    shares = tuple(map(_number, text.split(",")))
+    if len(shares) != 3:
+        raise argparse.ArgumentTypeError(f"{text!r} is not three shares, such as 0.7,0.2,0.1")
+    return shares
 
 
 def _grid(text: str) -> tuple[int, int]:

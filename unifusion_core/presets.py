@@ -161,6 +161,15 @@ def krea2_turbo() -> ModelSpec:
     return replace(krea2(), name="krea2-turbo", shift_by_size=None, steps=8, guidance=1.0)
 
 
+def unifusion_5b() -> ModelSpec:
+    """The paper's ablations by size (Sec. 2.2): a DiT of 5B parameters on InternVL2.5-8B; no weights exist.
+
+    Departs: depth and widths are ours. Llama-3.1-8B, its text-only encoder, has the same width and number of layers.
+    """
+    spec = _large("unifusion-5b", width=4096, num_layers=32, heads=32, intermediate=10752)
+    return replace(spec, dit=replace(spec.dit, depth=40, num_heads=24, intermediate_size=8192), size=(512, 512))
+
+
 def unifusion_8b() -> ModelSpec:
     """The paper's model by size: InternVL3-8B and a DiT of 8B parameters; no weights exist.
 
@@ -202,6 +211,7 @@ PRESETS = {
     "micro": micro,
     "krea2": krea2,
     "krea2-turbo": krea2_turbo,
+    "unifusion-5b": unifusion_5b,
     "unifusion-8b": unifusion_8b,
     "unifusion-8b-gemma3-12b": unifusion_8b_gemma3_12b,
 }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,19 +17,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .conditioning.vlm import FrozenVLM
+    from .conditioning.vlm import FrozenVLM, Request
     from .evaluation.judge import VLMJudge
     from .evaluation.pictures import Picture
     from .evaluation.prompt_sets import Prompt
-    from .pipeline import UniFusion
+    from .pipeline import Conditions, UniFusion
 
 LONGEST_EDIT_SIDE = 1024  # px; a photo edited without --size is shrunk to it
 RECIPES = {
     "micro-vlm": "the tiny InternVL",
     "micro-vae": "the VAE",
+    "micro-t5": "a tiny T5, the baseline that reads text alone",
     "micro-stage1": "LAP, refiner and DiT on text and pictures; needs the two above in --out",
     "micro-stage2": "goes on from stage 1 with edits",
 }
+
+LARGE = {"generator": "LAP, refiner and DiT of a preset, or of a model file, on your own pictures"}
+OWN_DATA = {  # of `train generator`: the option → its field of `training.generator.Run`, or of the loop
+    "run": {
+        "preset": "preset", "init": "init", "stage": "stage", "accumulation": "accumulation", "side": "size",
+        "tiles": "tiles", "dropout": "dropout", "most_damaged": "most_damaged", "fsdp": "fsdp",
+        "checkpointing": "checkpointing", "precision": "precision", "save_every": "save_every", "cache": "cache",
+        "weights": "weights", "copy_vlm": "copy_vlm", "workers": "workers",
+    },
+    "loop": {"steps": "steps", "batch": "batch_size", "rate": "rate", "warmup": "warmup"},
+}  # fmt: skip
 
 Report = dict[str, Any]
 
@@ -71,8 +84,10 @@ def generate(args: argparse.Namespace) -> Report:
 
     if untrained := _untrained(model, "image" in tracks):
         _warn(untrained)
-    request = Request(args.prompt, tuple(images), max_tiles=args.max_tiles)
-    if args.rewrite:
+    request = Request(args.prompt, tuple(images), max_tiles=args.max_tiles, token_budget=args.token_budget)
+    if args.replay:
+        conditions = _replayed(args, model, request)
+    elif args.rewrite:
         with _bar(args, args.max_new_tokens, "rewriting") as bar:
             conditions = model.prepare([request], keep=args.keep, on_token=lambda *_: bar.update(), **_rewriting(args))
     else:
@@ -92,7 +107,7 @@ def generate(args: argparse.Namespace) -> Report:
         "prompt": args.prompt,
         "images": [str(path) for path in args.image],
         "max_tiles": args.max_tiles,
-        "rewrite": _rewrite_report(conditions.rewrites.results[0]) if conditions.rewrites else None,
+        "rewrite": json.loads(conditions.rewrites.results[0].to_json()) if conditions.rewrites else None,
         "keep": args.keep,
         "schedule": schedule,
         "steps": steps,
@@ -115,12 +130,13 @@ def generate(args: argparse.Namespace) -> Report:
 
 
 def rewrite(args: argparse.Namespace) -> Report:
+    from .conditioning import verifi
     from .conditioning.vlm import Request, load_image
 
     start = time.perf_counter()
     images = tuple(map(load_image, args.image))
-    model = _loader(args)()
-    request = Request(args.prompt, images, max_tiles=args.max_tiles)
+    vlm = _vlm(args)
+    request = Request(args.prompt, images, max_tiles=args.max_tiles, token_budget=args.token_budget)
     stream = _Stream()
     with _bar(args, args.max_new_tokens, "rewriting", shown=not sys.stdout.isatty()) as bar:
 
@@ -129,14 +145,15 @@ def rewrite(args: argparse.Namespace) -> Report:
             if sys.stdout.isatty():
                 stream.show(text)
 
-        result = model.rewrite([request], on_token=on_token, **_rewriting(args)).results[0]
+        result = verifi.rewrite(vlm, [request], on_token=on_token, **_rewriting(args)).results[0]
     stream.show(result.text)
     print()
-    _warn_of_unknown_words(model.vlm, args.prompt)
+    _warn_of_unknown_words(vlm, args.prompt)
     return {
         "prompt": args.prompt,
         "images": [str(path) for path in args.image],
-        **_rewrite_report(result),
+        "text": result.text,
+        "rewrite": json.loads(result.to_json()),
         "seconds": time.perf_counter() - start,
     }
 
@@ -302,16 +319,49 @@ def bench(args: argparse.Namespace) -> Report:
     return report
 
 
+def reproduce(args: argparse.Namespace) -> Report:
+    from .experiments import claims, costs, report, reproduce
+    from .experiments.results import Setting
+
+    chosen = claims.chosen(args.claim)
+    seeds = range(args.seed, args.seed + args.seeds)
+    setting = Setting(folder=args.out, steps=args.steps or reproduce.STEPS, num=args.n)
+    if args.list:
+        found = costs.estimate(chosen, seeds, setting)
+        print(report.costs(found, jobs=args.jobs, seeds=len(seeds)))
+        return found
+    check_target(args.out / "report.json")
+    if args.markdown:
+        check_target(args.markdown)
+    settings = {"seeds": seeds, "steps": setting.steps, "num": setting.num, "jobs": args.jobs}
+    with _progress(args) as progress:
+        found = reproduce.run(chosen, args.out, **settings, progress=progress)
+    print(report.table(found))
+    files = report.draw(chosen, found, setting, args.out / "figures")
+    _note(args, f"{args.out}: report.json and {sum(map(len, files.values()))} pictures in figures")
+    if args.markdown:
+        report.write_page(args.markdown, chosen, found, setting)
+        _note(args, f"{args.markdown}, with its pictures in {args.markdown.with_suffix('').name}")
+    return found
+
+
 def train(args: argparse.Namespace) -> Report:
     if args.list:
-        for name, what in RECIPES.items():
+        for name, what in {**RECIPES, **LARGE}.items():
             print(f"{name:14}{what}")
-        return {"recipes": RECIPES}
+        return {"recipes": {**RECIPES, **LARGE}}
     if args.plan is not None:
         return _plan(args)
     if args.recipe is None or args.out is None:
-        raise ValueError(f"train needs a recipe ({', '.join(RECIPES)}) and --out DIR; --list describes the recipes")
+        names = ", ".join((*RECIPES, *LARGE))
+        raise ValueError(f"train needs a recipe ({names}) and --out DIR; --list describes the recipes")
     _check_device(args.device)
+    given = [name for names in OWN_DATA.values() for name in names if getattr(args, name) is not None]
+    given += [name for name in ("vlm", "vae", "data", "mix", "ema") if getattr(args, name) is not None]
+    if args.recipe in LARGE:
+        return _train_generator(args)
+    if odd := [name for name in given if name != "steps"]:
+        raise ValueError(f"--{odd[0].replace('_', '-').replace('side', 'size')} belongs to `train generator` only")
     from .training import recipes
 
     start = time.perf_counter()
@@ -320,6 +370,39 @@ def train(args: argparse.Namespace) -> Report:
     seconds = time.perf_counter() - start
     print(f"{written}  {args.recipe}, {seconds:.0f} s")
     return {"recipe": args.recipe, "written": str(written), "seed": args.seed, "steps": args.steps, "seconds": seconds}
+
+
+def _train_generator(args: argparse.Namespace) -> Report:
+    if missing := [name for name in ("vlm", "vae", "data") if not getattr(args, name)]:
+        raise ValueError(f"train generator needs --{' and --'.join(missing)}")
+    from dataclasses import replace
+
+    from .training import generator
+
+    start = time.perf_counter()
+    fields = {
+        kind: {field: value for name, field in names.items() if (value := getattr(args, name)) is not None}
+        for kind, names in OWN_DATA.items()
+    }
+    if args.ema is not None:
+        fields["loop"]["ema_decay"] = args.ema or None
+    if args.mix is not None:
+        fields["run"]["mix"] = dict(zip(generator.STAGE1_MIX, args.mix, strict=True))
+    loop = replace(generator.LOOP, seed=args.seed, compile=args.compile, **fields["loop"])
+    run = generator.Run(
+        out=args.out,
+        vlm=args.vlm,
+        vae=args.vae,
+        data=tuple(args.data),
+        loop=loop,
+        device=args.device,
+        quiet=args.quiet,
+        **fields["run"],
+    )
+    written = generator.train(run)
+    seconds = time.perf_counter() - start
+    print(f"{written}  stage {run.stage}, {loop.steps} steps, {seconds:.0f} s")
+    return {"recipe": args.recipe, "written": str(written), "settings": run.settings(), "seconds": seconds}
 
 
 def _plan(args: argparse.Namespace) -> Report:
@@ -428,17 +511,50 @@ def _size_of(image: Image.Image, multiple: int) -> tuple[int, int]:
 
 
 def _rewriting(args: argparse.Namespace) -> Report:
-    return {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
+    names = ("max_new_tokens", "temperature", "seed", "think", "protect_quotes")
+    return {name: getattr(args, name) for name in names}
 
 
-def _rewrite_report(result) -> Report:
-    """A `Rewrite` as JSON."""
-    return {
-        "text": result.text,
-        "token_ids": list(result.token_ids),
-        "ended": result.ended,
-        "settings": asdict(result.settings),
-    }
+def _vlm(args: argparse.Namespace) -> FrozenVLM:
+    """The VLM of --vlm, else that of the model."""
+    if args.vlm is None:
+        return _loader(args)().vlm
+    from .conditioning.vlm import load_vlm
+
+    _check_device(args.device)
+    return load_vlm(args.vlm, device=args.device, tokenizer=args.tokenizer)
+
+
+def _replayed(args: argparse.Namespace, model: UniFusion, request: Request) -> Conditions:
+    """Conditions from the rewrite that an earlier picture or report holds."""
+    from .conditioning.verifi import Rewrite, Rewrites, replay
+
+    rewrite = Rewrite.from_json(json.dumps(_record_of(args.replay)))
+    hidden = replay(model.vlm, [request], [rewrite])
+    rewrites = Rewrites((rewrite,), hidden)
+    conditions = model.conditions(hidden, model.kinds(True, args.keep))
+    return replace(conditions, texts=(rewrite.text,), rewrites=rewrites)
+
+
+def _record_of(path: Path) -> dict[str, Any]:
+    """The rewrite that a picture or a report holds."""
+    from .files import read_record
+
+    if not path.is_file():
+        raise ValueError(f"--replay {path}: no such file")
+    if path.suffix.lower() == ".png":
+        data = read_record(path)
+    else:
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"--replay {path}: neither a .png nor JSON ({error})") from None
+    found = data.get("rewrite") if isinstance(data, dict) else None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"--replay {path}: holds no rewrite; give a picture that was made with one, or its --json report"
+        )
+    return found
 
 
 def _warn_of_unknown_words(vlm: FrozenVLM, prompt: str) -> None:

@@ -277,3 +277,35 @@ def test_evaluations_are_given_what_was_asked(monkeypatch, tmp_path, capsys):
         "score": 1
     }
     fails(capsys, tmp_path / "x", "evaluate", "reconstruction", "--tiles", "1,0")
+
+
+def test_a_rewrite_is_replayed_from_the_picture_and_from_the_report(tmp_path, model):
+    first, again, third = (tmp_path / name for name in ("first.png", "again.png", "third.png"))
+    request = [PROMPT, "--model", model, *QUICK]
+    assert run("generate", *request, "--temperature", "0.9", "--json", tmp_path / "r.json", "--out", first) == 0
+    assert run("generate", *request, "--replay", first, "--out", again) == 0
+    assert run("generate", *request, "--replay", tmp_path / "r.json", "--out", third) == 0
+    assert read_record(first)["rewrite"] == read_record(again)["rewrite"] == read_record(third)["rewrite"]
+    pictures = [np.asarray(Image.open(path), dtype=float) for path in (first, again, third)]
+    assert np.array_equal(pictures[1], pictures[2]) and np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_a_replay_of_something_else_is_refused(tmp_path, model, capsys):
+    (tmp_path / "odd.json").write_text("[1]")
+    picture = tmp_path / "first.png"
+    assert run("generate", PROMPT, "--model", model, *QUICK, "--out", picture) == 0
+    for source, prompt, words in (
+        (tmp_path / "odd.json", PROMPT, "holds no rewrite"),
+        (tmp_path / "none.json", PROMPT, "no such file"),
+        (picture, "a blue star", "prompt"),
+    ):
+        arguments = [prompt, "--model", model, "--replay", source, "--out", tmp_path / "new.png"]
+        assert run("generate", *arguments) != 0
+        assert words in capsys.readouterr().err
+
+
+def test_any_vlm_rewrites_by_itself(tmp_path, model, capsys):
+    report = tmp_path / "report.json"
+    arguments = [PROMPT, "--vlm", model / "vlm", "--think", "drop", "--max-new-tokens", "3", "--json", report]
+    assert run("rewrite", *arguments) == 0
+    assert json.loads(report.read_text())["text"] == capsys.readouterr().out.strip()

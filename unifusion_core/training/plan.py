@@ -26,7 +26,12 @@ COMPUTE_BYTES = 2  # bf16
 GATHERED_BLOCKS = 2  # FSDP2 holds the running block whole, and the next one on its way
 OVERHEAD = 2e9  # CUDA context, NCCL and the allocator's gaps; bytes
 CHANNELS_PER_ACTIVATION = 16  # maps of width D that one block keeps for its own backward: q k v gate out, norms, MLP
-VLM_PARAMETERS = {"unifusion-8b": 7.94e9, "unifusion-8b-gemma3-12b": 12.19e9, "krea2": 4.44e9}  # InternVL3-8B, …
+VLM_PARAMETERS = {  # InternVL2.5-8B, InternVL3-8B, …
+    "unifusion-5b": 8.08e9,
+    "unifusion-8b": 7.94e9,
+    "unifusion-8b-gemma3-12b": 12.19e9,
+    "krea2": 4.44e9,
+}
 TILE_TOKENS, TEXT_TOKENS = 256, 300
 
 

@@ -1,0 +1,74 @@
+"""A trained model → the folder that `load_model` and ComfyUI's UniFusion Load Model open."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..checkpoint import save_checkpoint
+from ..presets import ModelSpec, spec_to_dict
+from .ema import EMA
+
+
+def export(
+    folder: Path,
+    spec: ModelSpec,
+    model: nn.Module,
+    ema: EMA | None,
+    accelerator: Accelerator,
+    *,
+    vlm: Path,
+    vae: Path,
+    dtype: torch.dtype,
+    copy_vlm: bool = False,
+) -> Path:
+    """Writes `model.safetensors` from the averaged weights, with `vae.safetensors` copied and `vlm` linked beside it.
+
+    Every process must call it: under FSDP2 each holds a part of every tensor.
+
+    Args:
+        copy_vlm: a copy that can be moved elsewhere, instead of a link to the folder.
+    """
+    averaged = ema.shadow if ema else {}
+    tensors = {}
+    for name, value in model.state_dict().items():
+        whole = _whole(averaged.get(name, value)).to("cpu", dtype)
+        if accelerator.is_main_process:
+            tensors[name] = whole
+    path = folder / "model.safetensors"
+    if accelerator.is_main_process:
+        save_checkpoint(path, tensors, spec_to_dict(spec))
+        _place(vae, folder / "vae.safetensors", copy=True)
+        _place(vlm, folder / "vlm", copy=copy_vlm)
+    accelerator.wait_for_everyone()
+    return path
+
+
+def for_training(spec: ModelSpec, vlm_identity: str, size: int, preview, name: str | None) -> ModelSpec:
+    """The spec that the file will carry."""
+    return replace(spec, name=name or spec.name, vlm=vlm_identity, size=(size, size), preview=preview)
+
+
+def _place(source: Path, target: Path, copy: bool) -> None:
+    if target.exists() and target.samefile(source):
+        return
+    if target.is_symlink() or target.is_file():
+        target.unlink()
+    elif target.is_dir():
+        shutil.rmtree(target)
+    if not copy:
+        os.symlink(source.resolve(), target, target_is_directory=source.is_dir())
+    elif source.is_dir():
+        shutil.copytree(source, target)
+    else:
+        shutil.copyfile(source, target)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
