@@ -17,6 +17,9 @@ KINDS = {
     "instruction": ("instruction",),
     "system": ("system",),
     "image + rewrite": ("image", "thumbnail", "rewrite"),
+    "think": ("think",),
+    "think + rewrite": ("think", "rewrite"),
+    "user turn": ("image", "thumbnail", "instruction", "marker"),
 }
 
 
