@@ -105,8 +105,8 @@ def shard(model: nn.Module, units: list[nn.Module], accelerator: Accelerator, co
     """FSDP2: every unit, then what is left, cut over all processes; gathered in `compute`, reduced in float32.
 
     Departs: torch's own `fully_shard` and not accelerate's plugin, which on CPUs falls back to whole replicas without
-    a word (accelerate 1.15), and which would round the path's time and noise to bfloat16 at the root. Each unit moves to
-    the device as it is cut, so that no device ever holds the whole model.
+    a word (accelerate 1.15), and which would round the path's time and noise to bfloat16 at the root. Each unit moves
+    to the device as it is cut, so that no device ever holds the whole model.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     policy = MixedPrecisionPolicy(
