@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 
 sys.path.insert(0, os.path.dirname(__file__))
@@ -323,6 +324,8 @@ def text_encoder(s: Setting) -> dict:
     from tiny_clips import make, shrink_cores_classes
 
     shrink_cores_classes()
+    profiles = s.pack.module("unifusion_core.conditioning.profiles").PROFILES
+    profiles["krea2"] = replace(profiles["krea2"], width=s.sizes["txtdim"])
     clip = make("qwen3vl", hidden_size=s.sizes["txtdim"], num_hidden_layers=36)
     core_model = s.load()
     model, fusion, _ = s.loaded("diffusion_models/krea2.safetensors")
