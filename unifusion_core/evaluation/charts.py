@@ -164,14 +164,14 @@ def dot_chart(panels: Sequence[Panel], *, title: str, note: str = "") -> Image.I
     bands = [panels[at : at + ACROSS] for at in range(0, len(panels), ACROSS)]
     tall = ROW * len(names) + 12
     canvas = _sheet(TOP + len(bands) * (tall + CAPTION + 10) - 10, title, note)
-    wide = (WIDTH - 24 - left) / min(len(panels), ACROSS)
+    wide = (WIDTH + 8 - left) / min(len(panels), ACROSS)
     for number, band in enumerate(bands):
         top = TOP + number * (tall + CAPTION + 10)
         height = {name: top + 10 + ROW * (i + 0.5) for i, name in enumerate(names)}
         for name in {row.name for panel in band for row in panel.rows}:
             canvas.text(left - 18, height[name], name, anchor="rm")
         for place, panel in enumerate(band):
-            box = (left + place * wide, top, left + (place + 1) * wide - 22, top + tall)
+            box = (left + place * wide, top, left + (place + 1) * wide - 40, top + tall)
             _dots(canvas, box, panel, height)
     return canvas.finish()
 

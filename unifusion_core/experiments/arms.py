@@ -29,7 +29,7 @@ from ..training.micro_dit import Frozen, Generator, Trainee, loss
 from .data import BATCH, NOISES, Mix, batch
 from .encoders import TextTeacher, text_encoder, text_folder, text_loop, untrained_text_encoder, vae, vlm
 
-STEPS = 600  # of the reference arm on prompts; the others take as many as cost the same
+STEPS = 400  # of the reference arm on prompts; the others take as many as cost the same
 LOOP = LoopSpec(
     steps=STEPS,
     batch_size=BATCH,

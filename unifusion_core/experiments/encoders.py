@@ -61,7 +61,7 @@ def text_loop(share: float = 1.0) -> LoopSpec:
 
 def text_folder(folder: Path, loop: LoopSpec) -> Path:
     """Where a run keeps its T5; the name changes with everything that decides its weights."""
-    return folder / f"t5-{sha256(repr((loop, micro_t5.MASKED, micro_t5.PAIRED)).encode()).hexdigest()[:8]}"
+    return folder / f"t5-{sha256(repr((loop, micro_t5.MASKED, micro_t5.BLANK_SHARE)).encode()).hexdigest()[:8]}"
 
 
 def train_text_encoder(folder: Path, loop: LoopSpec, report: Callable[[int, int], None] | None = None) -> Path:

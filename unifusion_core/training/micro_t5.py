@@ -1,7 +1,8 @@
-"""Recipe `micro-t5`: a tiny T5 that learns the micro-world's sentences by filling in blanks; a baseline's encoder.
+"""Recipe `micro-t5`: a tiny T5 that learns the micro-world's sentences; its encoder is the text baseline.
 
-Raffel et al., "Exploring the limits of transfer learning" (2020), Sec. 3.1.4: spans of a text are replaced by one
-sentinel each, and the decoder writes the sentinels with what they hide.
+It fills in blanks: spans of a text are replaced by one sentinel each, and the decoder writes the sentinels with what
+they hide (Raffel et al., "Exploring the limits of transfer learning", 2020, Sec. 3.1.4). And it is given tasks, as the
+Flan-T5 that the paper cites: to write the caption of what a prompt asks for.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from .micro_vlm import TEXT_MIX, Collator, build_tokenizer
 
 SENTINELS = 24  # stand behind the tokenizer's words in the table of embeddings
 MASKED, LONGEST_SPAN = 0.25, 3  # share of the words, and words of one span
-PAIRED, EDITS = 0.5, 0.1  # share of prompts that their caption follows; of sentences that ask for an edit
+BLANK_SHARE = 0.3  # of the examples; the others are tasks
+EDIT_SHARE = 0.1  # of the sentences with blanks
+TASK_MIX = {**TEXT_MIX, "full": 0.6}
 
 LOOP = LoopSpec(
     steps=1000,
@@ -39,15 +42,15 @@ LOOP = LoopSpec(
 
 
 @dataclass(frozen=True)
-class Blanks:
-    """Texts with blanks and what fills them, right-padded."""
+class Examples:
+    """What the encoder reads and what the decoder writes, right-padded."""
 
     ids: Tensor
     mask: Tensor
     labels: Tensor
 
-    def to(self, device: torch.device | str, **_) -> Blanks:
-        return Blanks(*(getattr(self, field.name).to(device) for field in fields(self)))
+    def to(self, device: torch.device | str, **_) -> Examples:
+        return Examples(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 class Trainee(nn.Module):
@@ -57,8 +60,8 @@ class Trainee(nn.Module):
         super().__init__()
         self.t5 = t5
 
-    def forward(self, blanks: Blanks) -> Tensor:
-        return self.t5(input_ids=blanks.ids, attention_mask=blanks.mask, labels=blanks.labels).loss
+    def forward(self, examples: Examples) -> Tensor:
+        return self.t5(input_ids=examples.ids, attention_mask=examples.mask, labels=examples.labels).loss
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGeneration:
@@ -82,13 +85,19 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGeneratio
     return T5ForConditionalGeneration(config)
 
 
+def example(rng: Random, collate: Collator, first: int) -> tuple[list[int], list[int]]:
+    """What the encoder reads and the decoder writes: a text with blanks, or a prompt and its caption."""
+    if rng.random() < BLANK_SHARE:
+        return corrupt(collate.encode(sentence(rng)), rng, first, collate.end)
+    prompt = sample_prompt(rng, rng.choices(tuple(TASK_MIX), tuple(TASK_MIX.values()))[0])
+    return ([*collate.encode(text), collate.end] for text in (prompt.text, caption(prompt.scene)))
+
+
 def sentence(rng: Random) -> str:
-    """A prompt, an edit, or a prompt and the caption of a picture that meets it."""
-    if rng.random() < EDITS:
+    """A prompt, a caption, or an edit."""
+    if rng.random() < EDIT_SHARE:
         return sample_edit(rng).instruction
     prompt = sample_prompt(rng, rng.choices(tuple(TEXT_MIX), tuple(TEXT_MIX.values()))[0])
-    if rng.random() < PAIRED:
-        return f"{prompt.text} : {caption(prompt.scene)}"
     return prompt.text if rng.random() < 0.5 else caption(prompt.scene)
 
 
@@ -112,12 +121,12 @@ def corrupt(words: Sequence[int], rng: Random, first: int, end: int) -> tuple[li
     return [*text, end], [*hidden, end]
 
 
-def batch(step: int, seed: int, collate: Collator, first: int, size: int, shard: tuple[int, int] = (0, 1)) -> Blanks:
-    """One step's sentences with blanks; `shard` = (process, processes) takes its share."""
+def batch(step: int, seed: int, collate: Collator, first: int, size: int, shard: tuple[int, int] = (0, 1)) -> Examples:
+    """One step's examples; `shard` = (process, processes) takes its share."""
     rng = Random(f"t5-{seed}-{step}")
-    pairs = [corrupt(collate.encode(sentence(rng)), rng, first, collate.end) for _ in range(size)][shard[0] :: shard[1]]
+    pairs = [tuple(example(rng, collate, first)) for _ in range(size)][shard[0] :: shard[1]]
     longest, most = (max(len(pair[i]) for pair in pairs) for i in (0, 1))
-    return Blanks(
+    return Examples(
         torch.tensor([text + [0] * (longest - len(text)) for text, _ in pairs]),
         torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text, _ in pairs]),
         torch.tensor([hidden + [-100] * (most - len(hidden)) for _, hidden in pairs]),
@@ -136,12 +145,12 @@ def train(
     tokenizer = build_tokenizer()
     collate, model = Collator(tokenizer), Trainee(build_model(tokenizer))
 
-    def make(step: int, seed: int, shard: tuple[int, int]) -> Blanks:
+    def make(step: int, seed: int, shard: tuple[int, int]) -> Examples:
         if report:
             report(step, loop.steps)
         return batch(step, seed, collate, len(tokenizer), loop.batch_size, shard)
 
-    fit(model, lambda model, blanks: (model(blanks), {}), make, loop, folder, device=device)
+    fit(model, lambda model, examples: (model(examples), {}), make, loop, folder, device=device)
     return model.t5
 
 
