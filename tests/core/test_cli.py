@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from unifusion_core import cli, verbs
+from unifusion_core import cli
+from unifusion_core.verbs import pictures
 from unifusion_core.diffusion.vae import VAE, VAESpec
 from unifusion_core.files import read_record, save_json
 from unifusion_core.pipeline import load_vlm, save_generator, save_vae
@@ -112,7 +113,7 @@ def test_the_same_command_draws_the_same_picture_and_count_goes_on_from_the_seed
     ("size", "drawn"), [((100, 40), (96, 48)), ((64, 64), (64, 64)), ((9, 500), (16, 496)), ((4000, 1000), (1024, 256))]
 )
 def test_an_edit_is_as_large_as_its_source_within_reason(size, drawn):
-    assert verbs._size_of(SimpleNamespace(size=size), 16) == drawn
+    assert pictures._size_of(SimpleNamespace(size=size), 16) == drawn
 
 
 def test_an_edit_follows_a_schedule_and_says_that_it_rounds_the_size(model, tmp_path, capsys):
@@ -138,7 +139,7 @@ def test_a_rewrite_streams_to_a_terminal_and_reads_the_same(model, capsys, monke
     plain = capsys.readouterr().out
     shown = []
     monkeypatch.setattr(
-        verbs._Stream, "show", lambda self, text, show=verbs._Stream.show: (shown.append(text), show(self, text))
+        pictures._Stream, "show", lambda self, text, show=pictures._Stream.show: (shown.append(text), show(self, text))
     )
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert run(*argv) == 0
@@ -147,7 +148,7 @@ def test_a_rewrite_streams_to_a_terminal_and_reads_the_same(model, capsys, monke
 
 
 def test_a_stream_holds_back_half_a_character(capsys):
-    stream = verbs._Stream()
+    stream = pictures._Stream()
     for text in (" a", "a \N{REPLACEMENT CHARACTER}", "a \N{SNOWMAN}"):
         stream.show(text)
     assert capsys.readouterr().out == "a \N{SNOWMAN}"
