@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..unifusion_core.conditioning.hidden_states import KEEP
 from ..unifusion_core.conditioning.profiles import PROFILES
+from ..unifusion_core.conditioning_choice import describe
 from . import sockets
 from .limits import within_limits
 
@@ -145,6 +146,12 @@ class Rewrite(io.ComfyNode):
                     tooltip="Most tokens of all pictures together: they get fewer tiles or a lower resolution. 0: no "
                     "limit.",
                 ),
+                sockets.Fusion.Input(
+                    "fusion",
+                    optional=True,
+                    tooltip="From UniFusion Load Model: keeps the layers that this model reads, where they are not "
+                    "every third.",
+                ),
             ],
             outputs=[
                 sockets.Hidden.Output(display_name="hidden", tooltip="States of every tapped layer, to LAP Encode."),
@@ -175,6 +182,7 @@ class Rewrite(io.ComfyNode):
         think_tokens=256,
         protect_quotes=False,
         token_budget=0,
+        fusion=None,
     ) -> io.NodeOutput:
         from ..unifusion_core.conditioning.verifi import Rewrite as Record
         from ..unifusion_core.conditioning.verifi import is_record, replay, rewrite
@@ -194,7 +202,7 @@ class Rewrite(io.ComfyNode):
             template=chosen.template_for(prompt, len(pictures)) if plain and chosen else None,
             image_label=chosen.image_label if plain and chosen else "",
         )
-        ready = vlm.ready() if chosen is None else tapping(vlm.ready(), chosen)
+        ready = reading(vlm, chosen, fusion)
         most = max_new_tokens + (think_tokens if think == "limit" else 0)
         progress = _Progress(most, ready.count_tokens(request))
         record = None
@@ -249,13 +257,14 @@ class LAPEncode(io.ComfyNode):
     @classmethod
     @within_limits
     def execute(cls, fusion, hidden, tokens="image + rewrite") -> io.NodeOutput:
+        check_layers(fusion.spec, hidden.layers)
         present = {span.kind for row in hidden.spans for span in row}
         if tokens == "image + rewrite" and "rewrite" not in present:  # nothing was written: the prompt stands in
             profile = PROFILES.get(fusion.spec.profile)
             hidden = hidden.select(*(profile.kinds if profile else ("image", "thumbnail", "instruction")))
         elif tokens != "everything":
             hidden = hidden.keep(tokens)
-        return io.NodeOutput(sockets.from_pooled(fusion.ready().pool(hidden).to("cpu"), fusion.spec.name))
+        return io.NodeOutput(pooled(fusion, hidden))
 
 
 class Refine(io.ComfyNode):
@@ -303,14 +312,29 @@ class EmptyConditioning(io.ComfyNode):
     def execute(cls, vlm, fusion) -> io.NodeOutput:
         from ..unifusion_core.conditioning.vlm import Request
 
-        ready, profile = vlm.ready(), PROFILES.get(fusion.spec.profile)
+        ready, profile = reading(vlm, None, fusion), PROFILES.get(fusion.spec.profile)
         if profile is None:
             hidden = ready.encode_empty()
         else:  # the model was trained on an empty prompt of its own
             request = Request("", template=profile.template_for(""))
-            hidden = ready.tapping(fusion.spec.layers).encode([request]).select(*profile.kinds)
-        pooled = sockets.from_pooled(fusion.ready().pool(hidden).to("cpu"), fusion.spec.name)
-        return io.NodeOutput([refined(fusion, entry) for entry in pooled])
+            hidden = ready.encode([request]).select(*profile.kinds)
+        return io.NodeOutput([refined(fusion, entry) for entry in pooled(fusion, hidden)])
+
+
+def pooled(fusion, hidden) -> list:
+    """Hidden states → CONDITIONING, by LAP or what stands in its place in this model."""
+    spec = fusion.spec
+    return sockets.from_pooled(fusion.ready().pool(hidden).to("cpu"), spec.name, spec.refiner_place == "before")
+
+
+def check_layers(spec, layers: tuple[int, ...]) -> None:
+    """Raises ValueError where hidden states lack layers that a model reads."""
+    if lacking := [str(layer) for layer in spec.layers if layer not in layers]:
+        raise ValueError(
+            f"model {spec.name!r} is conditioned by {describe(spec)}, but hidden lacks layer {', '.join(lacking)} of "
+            f"the VLM (it holds {', '.join(map(str, layers))}): connect fusion of UniFusion Load Model to fusion of "
+            "UniFusion Rewrite as well"
+        )
 
 
 def refined(fusion, entry: list) -> list:
@@ -342,14 +366,30 @@ def refined_part(fusion, entry: list, kinds: tuple[str, ...] | None) -> list:
 _PARTS = WeakTensorKeyDictionary()
 
 
-def tapping(vlm, profile):
-    """The VLM with the taps of a profile, if it is large enough to be that profile's."""
+def reading(vlm, profile, fusion):
+    """The VLM on its device, with the taps that a profile or a model asks for beside those of an adapter."""
+    if fusion is None:
+        return vlm.ready() if profile is None else tapping(vlm.ready(), profile, vlm.adapter_layers)
+    spec = fusion.spec
+    if spec.vlm not in (None, vlm.vlm.identity):
+        raise ValueError(
+            f"fusion is of {spec.name!r}, which was trained on the VLM {spec.vlm}, but vlm is {vlm.vlm.identity}; load "
+            "the VLM that belongs to the model, or leave fusion out"
+        )
+    layers = {*spec.layers, *(profile.layers if profile else ()), *vlm.adapter_layers}
+    if profile:
+        tapping(vlm.vlm, profile)
+    return vlm.ready().tapping(sorted(layers))
+
+
+def tapping(vlm, profile, adapter_layers=()):
+    """The VLM with the taps of a profile, and of an adapter, if it is large enough to be that profile's."""
     if vlm.width != profile.width or vlm.num_layers < profile.layers[-1]:
         raise ValueError(
             f"profile {profile.name}: {profile.title} is conditioned on {profile.encoder}, but this VLM is "
             f"{vlm.identity}; load {profile.encoder}, or set profile to {NO_PROFILE}"
         )
-    return vlm.tapping(profile.layers)
+    return vlm.tapping(sorted({*profile.layers, *adapter_layers}))
 
 
 def to_pil(batch: torch.Tensor) -> list[Image.Image]:

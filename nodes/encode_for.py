@@ -45,6 +45,12 @@ class EncodeForModel(io.ComfyNode):
                     optional=True,
                     tooltip="The VLM that made hidden; needed by Boogu and Qwen-Image, which take its final norm.",
                 ),
+                sockets.Adapter.Input(
+                    "adapter",
+                    optional=True,
+                    tooltip="From UniFusion Load Adapter, whose vlm must then be at UniFusion Rewrite: the model reads "
+                    "what this makes of many layers.",
+                ),
             ],
             outputs=[io.Conditioning.Output(tooltip="To a sampler, UniFusion Schedule or core's ReferenceLatent.")],
             has_intermediate_output=True,
@@ -52,16 +58,17 @@ class EncodeForModel(io.ComfyNode):
 
     @classmethod
     @within_limits
-    def execute(cls, hidden, profile, tokens=OWN, vlm=None) -> io.NodeOutput:
+    def execute(cls, hidden, profile, tokens=OWN, vlm=None, adapter=None) -> io.NodeOutput:
         chosen, keep = PROFILES[profile], None if tokens == OWN else tokens
-        check(hidden, chosen)
+        check(hidden, chosen, adapter and adapter.adapter)
         norm = _final_norm(vlm, hidden) if chosen.post_norm and vlm is not None else None
-        states, mask = condition_for(hidden, chosen, keep, norm)
+        states, mask = condition_for(hidden, chosen, keep, norm, adapter and adapter.ready())
         words = {} if mask is None else {"attention_mask": mask.long().cpu()}
         warnings = doubts(hidden, chosen, keep)
         for warning in warnings:
             logging.warning("UniFusion Encode for Model: %s", warning)
         report = [_counts(hidden, kinds_of(chosen, keep), chosen.title)]
+        report += [f"LAP adapter over {len(adapter.adapter.spec.layers)} layers"] if adapter else []
         report += [f"Warning: {warning}." for warning in warnings] + [chosen.note] * bool(chosen.note)
         return io.NodeOutput([[states.cpu(), words]], ui=ui.PreviewText("\n".join(report)))
 

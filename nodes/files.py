@@ -12,6 +12,9 @@ from pathlib import Path
 import comfy
 import folder_paths
 
+from ..unifusion_core.checkpoint import SPEC_KEY
+from ..unifusion_core.conditioning.adapter import KIND
+
 EMBEDDED_VLM = "micro (embedded)"
 EMBEDDED_MODELS = ("micro (embedded)", "micro-base (embedded, stage 1)")
 WEIGHTS = Path(__file__).parents[1] / "unifusion_core" / "weights" / "micro"
@@ -20,6 +23,7 @@ MARKS = frozenset({"unifusion_spec", "dit.time_mod_proj.weight"})
 KREA2_MARKS = frozenset({"txtfusion.projector.weight", "model.diffusion_model.txtfusion.projector.weight"})
 QWEN_VL_MARKS = frozenset({"visual.blocks.0.attn.qkv.weight", "model.visual.blocks.0.attn.qkv.weight"})
 KREA2_VAES = ("qwen_image_vae", "wan_2.1_vae")  # its own; and one that reads the same latents
+INDEX = ".safetensors.index.json"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")  # one of several; their index stands for them
 MODEL_FOLDERS = ("unifusion", "diffusion_models", "checkpoints")
 VLM_FOLDERS = ("vlm", "text_encoders")
@@ -35,6 +39,10 @@ def list_models() -> list[str]:
 
 def list_vlms() -> list[str]:
     return [EMBEDDED_VLM, *_vlm_folders(), *_vlm_files()]
+
+
+def list_adapters() -> list[str]:
+    return [*_adapter_files()]
 
 
 def model_path(name: str) -> Path:
@@ -55,6 +63,11 @@ def vlm_path(name: str) -> Path:
     if name == EMBEDDED_VLM:
         return WEIGHTS / "vlm"
     return _listed(name, {**_vlm_folders(), **_vlm_files()}, "a VLM's folder into models/vlm")
+
+
+def adapter_path(name: str) -> Path:
+    """The file of a listed LAP adapter."""
+    return _listed(name, _adapter_files(), "a LAP adapter into models/unifusion")
 
 
 def tokenizer_of(path: Path) -> Path | None:
@@ -79,15 +92,10 @@ def krea2_vae() -> Path | None:
 
 def tensor_names(path: Path) -> frozenset[str]:
     """Names in the header of a safetensors file, or in an index of several; none of anything else."""
-    names = None
-    if path.name.endswith(".safetensors.index.json"):
+    if path.name.endswith(INDEX):
         names = _json(path.read_bytes()).get("weight_map")
-    elif path.suffix == ".safetensors":
-        with open(path, "rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            names = _json(file.read(length)) if 0 < length < LONGEST_HEADER else None
-    return frozenset(names) if isinstance(names, dict) else frozenset()
+        return frozenset(names) if isinstance(names, dict) else frozenset()
+    return frozenset(_header(path))
 
 
 def stamp(path: Path) -> str:
@@ -109,6 +117,15 @@ def _model_files() -> dict[str, Path]:
             path = folder_paths.get_full_path(folder, name)
             if path and not SHARD.search(name) and _is_model(path, os.path.getmtime(path)):
                 found.setdefault(f"{folder}/{name}".replace(os.sep, "/"), Path(path))
+    return found
+
+
+def _adapter_files() -> dict[str, Path]:
+    found = {}
+    for name in folder_paths.get_filename_list("unifusion"):
+        path = folder_paths.get_full_path("unifusion", name)
+        if path and not SHARD.search(name) and _is_adapter(path, os.path.getmtime(path)):
+            found[name.replace(os.sep, "/")] = Path(path)
     return found
 
 
@@ -145,7 +162,30 @@ def _is_model(path: str, modified: float) -> bool:
     return not MARKS.isdisjoint(names) or (path.endswith(".safetensors") and not KREA2_MARKS.isdisjoint(names))
 
 
-def _json(data: bytes) -> dict:
+@lru_cache(maxsize=4096)
+def _is_adapter(path: str, modified: float) -> bool:
+    """Whether the header of a file, or of the first shard of an index, is that of a LAP adapter."""
+    file = Path(path)
+    if file.name.endswith(INDEX):
+        shards = _json(file.read_bytes()).get("weight_map")
+        first = next(iter(shards.values()), None) if isinstance(shards, dict) else None
+        file = file.with_name(Path(str(first)).name)
+    metadata = _header(file).get("__metadata__")
+    spec = metadata.get(SPEC_KEY) if isinstance(metadata, dict) else None
+    return isinstance(spec, str) and _json(spec).get("kind") == KIND
+
+
+def _header(path: Path) -> dict:
+    """The header of a safetensors file; nothing of anything else."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        return _json(file.read(length)) if 0 < length < LONGEST_HEADER else {}
+
+
+def _json(data: bytes | str) -> dict:
     try:
         found = json.loads(data)
     except ValueError:

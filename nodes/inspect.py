@@ -8,7 +8,11 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
+from ..unifusion_core.conditioning.lap import LAPSpec
+from ..unifusion_core.conditioning.last_layer import LayerSpec
+from ..unifusion_core.conditioning_choice import describe
 from . import sockets
+from .encode import check_layers
 from .limits import within_limits
 
 CATEGORY = "UniFusion/inspect"
@@ -38,10 +42,11 @@ class LayerInspector(io.ComfyNode):
         from ..unifusion_core.evaluation.figures import figure as draw
         from ..unifusion_core.fusion import check_vlm
 
+        check_drawable(figure, fusion.spec)
+        check_layers(fusion.spec, hidden.layers)
+        hidden = hidden.tapping(fusion.spec.layers)
         check_vlm(fusion.spec, hidden.vlm, hidden.layers)
-        head = fusion.ready()
-        like = next(head.lap.parameters())
-        image = draw(figure, head.lap, hidden.to(like.device, like.dtype))
+        image = draw(figure, fusion.ready().lap, hidden)
         return io.NodeOutput(torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)[None])
 
 
@@ -66,7 +71,18 @@ class LayerDropout(io.ComfyNode):
     @classmethod
     @within_limits
     def execute(cls, fusion, layers) -> io.NodeOutput:
+        if layers.strip() and isinstance(fusion.spec.lap, LayerSpec):
+            raise ValueError(f"this model reads {describe(fusion.spec)}: there is none to leave out; empty layers")
         return io.NodeOutput(fusion.without(dropped(layers, fusion.spec.layers)))
+
+
+def check_drawable(figure: str, spec) -> None:
+    """Raises ValueError where a figure is of LAP and the model has a rival in its place."""
+    if figure != "layer similarity" and not isinstance(spec.lap, LAPSpec):
+        raise ValueError(
+            f"figure {figure!r} is of LAP, but this model reads {describe(spec)}; choose layer similarity, or a model "
+            "with one LAP"
+        )
 
 
 def dropped(text: str, tapped: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,11 +10,12 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..unifusion_core.conditioning.hidden_states import HiddenStates
-from .memory import ManagedFusion, ManagedVLM
+from .memory import ManagedAdapter, ManagedFusion, ManagedVLM
 
 OURS = {
     "UNIFUSION_VLM": (ManagedVLM, "UniFusion Load VLM"),
     "UNIFUSION_FUSION": (ManagedFusion, "UniFusion Load Model"),
+    "UNIFUSION_ADAPTER": (ManagedAdapter, "UniFusion Load Adapter"),
     "UNIFUSION_HIDDEN": (HiddenStates, "UniFusion Rewrite"),
 }
 

@@ -12,8 +12,10 @@ from . import sockets
 from .files import (
     EMBEDDED_MODELS,
     EMBEDDED_VLM,
+    adapter_path,
     is_krea2,
     krea2_vae,
+    list_adapters,
     list_models,
     list_vlms,
     model_path,
@@ -238,4 +240,40 @@ class LoadLoRA(io.ComfyNode):
         return io.NodeOutput(apply_lora(model, folder_paths.get_full_path_or_raise("loras", lora), strength))
 
 
-NODES = [LoadVLM, VLMFromCLIP, LoadModel, FusionFromModel, LoadLoRA]
+class LoadAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UniFusionLoadAdapter",
+            display_name="UniFusion Load Adapter (LAP)",
+            category=CATEGORY,
+            description="Loads a LAP adapter: LAP over many layers of the VLM, trained in front of a frozen DiT "
+            "in place of the few layers that its own text encoder gives it.",
+            search_aliases=["lap", "adapter", "layerwise attention pooling", "boogu", "klein", "z-image", "ideogram"],
+            inputs=[
+                sockets.VLM.Input("vlm", tooltip="The VLM that the adapter was trained on."),
+                io.Combo.Input("adapter", options=list_adapters(), tooltip="A LAP adapter in models/unifusion."),
+            ],
+            outputs=[
+                sockets.VLM.Output(
+                    display_name="vlm",
+                    tooltip="The same VLM, which also taps the layers that the adapter reads; to UniFusion Rewrite.",
+                ),
+                sockets.Adapter.Output(display_name="adapter", tooltip="To UniFusion Encode for Model."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, adapter: str, vlm=None) -> str:
+        return stamp(adapter_path(adapter))
+
+    @classmethod
+    @within_limits
+    def execute(cls, vlm, adapter: str) -> io.NodeOutput:
+        from .weights import load_adapter
+
+        loaded = load_adapter(adapter_path(adapter))
+        return io.NodeOutput(vlm.for_adapter(loaded.adapter), loaded)
+
+
+NODES = [LoadVLM, VLMFromCLIP, LoadModel, FusionFromModel, LoadLoRA, LoadAdapter]

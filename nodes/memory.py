@@ -1,4 +1,4 @@
-"""The VLM and the fusion head as models that ComfyUI loads, moves away and frees like its own."""
+"""The VLM, the fusion head and adapters as models that ComfyUI loads, moves away and frees like its own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
 if TYPE_CHECKING:
+    from ..unifusion_core.conditioning.adapter import LAPAdapter
     from ..unifusion_core.conditioning.vlm import FrozenVLM
     from ..unifusion_core.fusion import FusionHead
 
@@ -33,12 +34,19 @@ def managed(**modules: nn.Module) -> ModelPatcher:
 
 @dataclass(frozen=True, eq=False)
 class ManagedVLM:
-    """What travels on a UNIFUSION_VLM socket."""
+    """What travels on a UNIFUSION_VLM socket.
+
+    adapter_layers: tapped by every node, beside those that it asks for; source: whose weights and patcher these are.
+    """
 
     vlm: FrozenVLM
     patcher: ModelPatcher
+    adapter_layers: tuple[int, ...] = ()
+    source: ManagedVLM | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        if self.source is not None:
+            return  # its patcher is told already
         # A VLM that leaves its device forgets the pictures it has read. The callback holds no VLM: no circle.
         remembered = self.vlm.prefix_cache
 
@@ -53,6 +61,17 @@ class ManagedVLM:
         """The VLM on its device; what stood in its way is moved off."""
         management.load_models_gpu([self.patcher], force_full_load=True)
         return self.vlm
+
+    def for_adapter(self, adapter: LAPAdapter) -> ManagedVLM:
+        """The same VLM, with the layers that the adapter reads tapped as well.
+
+        Raises:
+            ValueError: another VLM than the adapter's.
+        """
+        from ..unifusion_core.conditioning.adapter import tapping
+
+        layers = tuple(sorted({*self.adapter_layers, *adapter.spec.layers}))
+        return replace(self, vlm=tapping(self.vlm, adapter.spec), adapter_layers=layers, source=self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +100,18 @@ class ManagedFusion:
     @property
     def refiner(self):
         return self.head.refiner
+
+
+@dataclass(frozen=True, eq=False)
+class ManagedAdapter:
+    """What travels on a UNIFUSION_ADAPTER socket."""
+
+    adapter: LAPAdapter
+    patcher: ModelPatcher = field(repr=False)
+
+    def ready(self) -> LAPAdapter:
+        management.load_models_gpu([self.patcher], force_full_load=True)
+        return self.adapter
 
 
 # Two loader nodes of one file share one copy, which goes when the last graph lets go of it.

@@ -20,12 +20,13 @@ from comfy.ldm.modules.attention import optimized_attention, optimized_attention
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
+from ..unifusion_core.conditioning_choice import describe
 from ..unifusion_core.diffusion.dit import DiT, DiTSpec
 from ..unifusion_core.presets import ModelSpec, spec_to_dict
-from .sockets import EXTRA, NEITHER, is_pooled, unpack
+from .sockets import EXTRA, KEY, NEITHER, is_pooled, unpack
 
 if TYPE_CHECKING:
-    from ..unifusion_core.diffusion.vae import VAE
+    from ..unifusion_core.vaes import AnyVAE
 
 SPEC_TENSOR = "unifusion_spec"  # of a file that core's ModelSave wrote: the spec as JSON bytes
 GRID = 2**16  # positions are passed as integers, which core does not round to the model's dtype
@@ -92,9 +93,11 @@ class UniFusionModel(comfy.model_base.BaseModel):
                 f"latents of {noise.shape[1]} channels: this UniFusion model takes {spec.dit.in_channels}; connect "
                 "UniFusion Empty Latent, or VAE Encode with the VAE of UniFusion Load Model"
             )
-        if tensor is None or tensor.shape[-1] != spec.dit.condition_width + EXTRA:
-            width = None if tensor is None else tensor.shape[-1]
-            raise ValueError(f"conditioning of width {width} into the UniFusion model {spec.name!r}: {NEITHER}")
+        wanted, width = spec.dit.slots * spec.dit.condition_width + EXTRA, None if tensor is None else tensor.shape[-1]
+        if width != wanted:
+            why = f"it is for another model; this one takes {describe(spec)}: connect its own fusion"
+            why = why if KEY in kwargs else NEITHER
+            raise ValueError(f"conditioning of width {width} into the UniFusion model {spec.name!r}: {why}")
         if spec.refiner_place == "after" and is_pooled(tensor):
             raise ValueError("the conditioning is pooled but not refined: connect UniFusion Refine in between")
         out = super().extra_conds(**{key: value for key, value in kwargs.items() if key != "cross_attn"})
@@ -184,7 +187,7 @@ def _check(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 class ComfyVAE(comfy.sd.VAE):
     """Our VAE under core's interface."""
 
-    def __init__(self, vae: VAE) -> None:
+    def __init__(self, vae: AnyVAE) -> None:
         super().__init__(sd={"pixel_space_vae": torch.tensor(1.0)})  # fills core's defaults; replaced below
         spec = vae.spec
         self.first_stage_model = _Images(vae)
@@ -196,25 +199,21 @@ class ComfyVAE(comfy.sd.VAE):
         self.vae_dtype = next(vae.parameters()).dtype
         self.disable_offload = True  # diffusers' layers cannot be streamed
         self.size = None
-        width = max(spec.block_channels) * 8  # a few maps of the widest block, at the finest resolution it sees
-        self.memory_used_encode = lambda shape, dtype: self._bytes(shape[2] * shape[3], width, dtype)
-        self.memory_used_decode = lambda shape, dtype: self._bytes(
-            shape[2] * shape[3] * spec.compression**2, width, dtype
-        )
+        self.memory_used_encode = lambda shape, dtype: self._bytes(shape[2] * shape[3], dtype)
+        self.memory_used_decode = lambda shape, dtype: self._bytes(shape[2] * shape[3] * spec.compression**2, dtype)
         self.patcher = ModelPatcher(
             self.first_stage_model, load_device=self.device, offload_device=management.vae_offload_device()
         )
         self.model_size()
 
-    def _bytes(self, pixels: int, width: int, dtype: torch.dtype) -> int:
-        unshuffle = self.first_stage_model.vae.spec.unshuffle
-        return max(1, pixels // unshuffle**2 * width * management.dtype_size(dtype))
+    def _bytes(self, pixels: int, dtype: torch.dtype) -> int:
+        return max(1, pixels * self.first_stage_model.vae.spec.decoder_values * management.dtype_size(dtype))
 
 
 class _Images(nn.Module):
     """The two calls that core makes."""
 
-    def __init__(self, vae: VAE) -> None:
+    def __init__(self, vae: AnyVAE) -> None:
         super().__init__()
         self.vae = vae
 

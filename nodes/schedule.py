@@ -179,6 +179,11 @@ def _track(conditioning: list, kinds: tuple[str, ...] | None, name: str, fusion)
     whole = {span.kind for row in entry[1][sockets.KEY]["spans"] for span in row}
     if kinds is not None and not whole - set(kinds):
         kinds = None
+    if kinds is not None and entry[1][sockets.KEY].get("mixed"):
+        raise ValueError(
+            f"track {name!r} is part of tokens that this model's refiner has mixed before LAP: connect a UniFusion LAP "
+            "Encode of those tokens alone (tokens at image or rewrite) as a track of its own"
+        )
     if not sockets.is_pooled(entry[0]):
         if kinds is None:
             return entry

@@ -19,6 +19,7 @@ from ..unifusion_core.conditioning.hidden_states import HiddenStates, Span
 VLM = io.Custom("UNIFUSION_VLM")
 Hidden = io.Custom("UNIFUSION_HIDDEN")
 Fusion = io.Custom("UNIFUSION_FUSION")
+Adapter = io.Custom("UNIFUSION_ADAPTER")
 
 EXTRA = 4  # channels beside the tokens
 KEY = "unifusion"  # of the dict entry that holds spans and the names of VLM and model
@@ -49,10 +50,10 @@ def is_pooled(tensor: Tensor) -> bool:
     return bool((tensor[..., -1] < 0).any())
 
 
-def from_pooled(pooled: HiddenStates, model: str) -> list:
-    """LAP's output → CONDITIONING."""
+def from_pooled(pooled: HiddenStates, model: str, mixed: bool = False) -> list:
+    """LAP's output → CONDITIONING. mixed: its tokens have seen each other already, by a refiner before LAP."""
     condition = Condition(pooled.states.squeeze(2), pooled.mask, pooled.positions)
-    note = {"model": model, "vlm": pooled.vlm, "spans": pooled.spans, "layers": pooled.layers}
+    note = {"model": model, "vlm": pooled.vlm, "spans": pooled.spans, "layers": pooled.layers, "mixed": mixed}
     return [[pack(condition, POOLED), {KEY: note}]]
 
 

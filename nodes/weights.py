@@ -11,16 +11,17 @@ import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..unifusion_core.checkpoint import load_into, load_tensors, read_spec
+from ..unifusion_core.conditioning.adapter import load_adapter as load_adapter_file
 from ..unifusion_core.conditioning.pooling import build_pooling
 from ..unifusion_core.conditioning.refiner import Refiner
 from ..unifusion_core.conditioning.vlm import load_vlm as load_vlm_files
 from ..unifusion_core.fusion import FusionHead
 from ..unifusion_core.lora import to_comfy
-from ..unifusion_core.pipeline import load_vae
 from ..unifusion_core.presets import ModelSpec, spec_from_dict
+from ..unifusion_core.vaes import load_vae
 from . import stepping
 from .files import WEIGHTS, tokenizer_of
-from .memory import LOADED, ManagedFusion, ManagedVLM, managed
+from .memory import LOADED, ManagedAdapter, ManagedFusion, ManagedVLM, managed
 from .model import SPEC_TENSOR, ComfyVAE, load_dit
 
 COMPRESSION = 8  # of a VAE that is not at hand; the field's usual one
@@ -58,7 +59,7 @@ def load_model(path: Path, dtype: torch.dtype | None) -> tuple:
     found = _vae_beside(path, spec)
     vae = wrap_vae(found) if found else ExecutionBlocker(NO_VAE.format(channels=spec.dit.in_channels))
     patcher = load_patcher(path, dtype, vae.downscale_ratio if found else COMPRESSION)
-    fusion = _fusion(spec, parts) if parts["lap"] else ExecutionBlocker(ONLY_DIT)
+    fusion = _fusion(spec, parts) if parts["refiner"] else ExecutionBlocker(ONLY_DIT)  # not every rival has weights
     return patcher, fusion, vae
 
 
@@ -84,6 +85,15 @@ def wrap_vae(path: Path) -> ComfyVAE:
     vae = ComfyVAE(load_vae(path))
     vae.patcher.cached_patcher_init = (_vae_patcher, (path,))
     return vae
+
+
+def load_adapter(path: Path) -> ManagedAdapter:
+    key = "adapter", path, path.stat().st_mtime_ns
+    shared = LOADED.get(key)
+    if shared is None:
+        adapter = load_adapter_file(path).to(_text_dtype())
+        shared = LOADED[key] = ManagedAdapter(adapter, managed(adapter=adapter))
+    return shared
 
 
 def apply_lora(model, path: str, strength: float):

@@ -26,7 +26,9 @@ from .verbs import (
     train,
 )
 
-KEEP_MODES = ("rewrite", "image + rewrite", "user turn", "think + rewrite", "think", "all", "everything")
+KEEP_MODES = ("rewrite", "image + rewrite", "user turn", "think + rewrite", "think", "all", "everything", "image")
+
+CONDITIONINGS = ("lap", "last", "penultimate", "keys", "injection", "lap-per-block")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,10 +151,11 @@ def _parser() -> argparse.ArgumentParser:
         "  unifusion train generator --preset unifusion-8b --vlm InternVL3-8B-hf --vae vae.safetensors --data shards "
         "--out stage1\n"
         "  unifusion train generator --init stage1/model.safetensors --stage 2 --vlm InternVL3-8B-hf "
-        "--vae vae.safetensors --data edits --out stage2",
+        "--vae vae.safetensors --data edits --out stage2\n"
+        "  unifusion train adapter --profile z-image --host Z-Image --data shards --out adapter",
     )
     verb.add_argument(
-        "--compile", action="store_true", help="compile the transformer blocks of stages 1 and 2; needs a C++ compiler"
+        "--compile", action="store_true", help="compile the transformer blocks of what learns; needs a C++ compiler"
     )
     verb.add_argument(
         "recipe", nargs="?", choices=(*RECIPES, *LARGE), metavar="RECIPE", help=", ".join((*RECIPES, *LARGE))
@@ -160,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", type=Path, metavar="DIR", help="folder for weights and logs")
     verb.add_argument("--steps", type=_whole(1), metavar="N", help="default: the recipe's")
     verb.add_argument("--list", action="store_true", help="describe the recipes")
-    verb.add_argument("--plan", metavar="PRESET", help="what a training would cost, computed: unifusion-8b, …")
+    verb.add_argument("--plan", metavar="PRESET", help="what a training would cost, computed: unifusion-8b, z-image, …")
     verb.add_argument("--gpus", type=_list(1), default=(1, 8, 64), metavar="N,…", help="of the plan (default: 1,8,64)")
     verb.set_defaults(device=None)  # accelerate chooses
     return parser
@@ -191,16 +194,36 @@ def _reproduce(verbs) -> None:
 
 
 def _own_data() -> argparse.ArgumentParser:
-    """Of `train generator`; None where `training.generator` or the preset decides."""
+    """Of `train generator` and `train adapter`; None where their modules in `training` or the preset decide."""
     parent = _Parser(add_help=False)
-    options = parent.add_argument_group("generator: LAP, refiner and DiT on your own pictures")
-    options.add_argument("--preset", metavar="P", help="start from nothing at the sizes of this preset")
-    options.add_argument("--init", type=Path, metavar="F", help="go on from the weights of this model file")
-    options.add_argument("--vlm", type=Path, metavar="DIR", help="folder of the frozen VLM")
-    options.add_argument("--vae", type=Path, metavar="F", help="file or folder of the frozen VAE")
+    adapter = parent.add_argument_group("adapter: LAP before a frozen DiT")
+    profiles = "z-image, klein-4b, klein-9b, boogu or boogu-edit"
+    adapter.add_argument("--profile", metavar="P", help=f"what the DiT is: {profiles}")
+    what = "its model, not distilled, in diffusers' layout, or its folder transformer"
+    adapter.add_argument("--host", type=Path, metavar="DIR", help=what)
+    generator = parent.add_argument_group("generator: LAP, refiner and DiT")
+    generator.add_argument("--preset", metavar="P", help="start from nothing at the sizes of this preset")
+    generator.add_argument("--init", type=Path, metavar="F", help="go on from the weights of this model file")
+    generator.add_argument("--stage", type=int, choices=(1, 2), help="1: text, pictures, both; 2: edits (default: 1)")
+    generator.add_argument("--copy-vlm", action="store_true", default=None, help="copy the VLM into OUT, not link it")
+    what = (
+        "keep the VLM's states on disk too: 2LE bytes a token, for unifusion-8b 65 kB (6 MB a caption of 100 tokens, "
+    )
+    what += "165 MB a picture of 9 tiles)"
+    generator.add_argument("--cache-states", action="store_true", default=None, help=what)
+    options = parent.add_argument_group("both: on your own pictures")
+    what = "folder of the frozen VLM, or of a T5 (adapter: default the host's)"
+    options.add_argument("--vlm", type=Path, metavar="DIR", help=what)
+    what = f"what the DiT is conditioned by: {', '.join(CONDITIONINGS)} (default: lap)"
+    generator.add_argument("--conditioning", choices=CONDITIONINGS, metavar="C", help=what)
+    what = "after or before LAP, or none (default: after LAP, none beside its rivals)"
+    generator.add_argument("--refiner", choices=("after", "before", "none"), metavar="PLACE", help=what)
+    what = "of the VLM: every, third, or numbers as 2,5,8 (default: third)"
+    generator.add_argument("--layers", type=_layers, metavar="every|third|N,…", help=what)
+    what = "file or folder of the frozen VAE (adapter: default the host's)"
+    options.add_argument("--vae", type=Path, metavar="F", help=what)
     what = "folder or .tar of NAME.png + NAME.txt, or of edits; may be repeated"
     options.add_argument("--data", type=Path, action="append", metavar="PATH", help=what)
-    options.add_argument("--stage", type=int, choices=(1, 2), help="1: text, pictures, both; 2: edits (default: 1)")
     options.add_argument(
         "--batch", type=_whole(1), metavar="N", help="samples a step, over all processes (default: 32)"
     )
@@ -210,9 +233,10 @@ def _own_data() -> argparse.ArgumentParser:
     options.add_argument("--warmup", type=_whole(0), metavar="N", help="steps in which the rate rises (default: 100)")
     options.add_argument("--ema", type=_number, metavar="D", help="decay of the average; 0 = none (default: 0.9999)")
     options.add_argument(
-        "--tiles", type=_list(1), metavar="N,…", help="most tiles of a picture, in turn (default: 4,9)"
+        "--tiles", type=_list(1), metavar="N,…", help="most tiles of a picture, in turn (default: 4,9; adapter: 1)"
     )
-    options.add_argument("--mix", type=_shares, metavar="T,P,J", help="of text, picture, joint (default: 0.7,0.2,0.1)")
+    what = "of text, picture, joint (default: 0.7,0.2,0.1; 1,0,0 before a host whose VLM sees no pictures)"
+    options.add_argument("--mix", type=_shares, metavar="T,P,J", help=what)
     options.add_argument("--dropout", type=_number, metavar="S", help="share of empty conditions (default: 0.1)")
     options.add_argument("--most-damaged", type=_number, metavar="S", help="share of samples to skip (default: 0.01)")
     options.add_argument("--fsdp", action="store_true", default=None, help="cut the model over the processes (FSDP2)")
@@ -222,12 +246,11 @@ def _own_data() -> argparse.ArgumentParser:
     options.add_argument("--precision", choices=("auto", "bf16", "fp32"), help="default: bf16 where the GPU has it")
     options.add_argument("--save-every", type=_whole(1), metavar="N", help="steps between states (default: 500)")
     options.add_argument(
-        "--cache", type=Path, metavar="DIR", help="for latents and lists of samples (default: OUT/cache)"
+        "--cache", type=Path, metavar="DIR", help="for latents, states and lists of samples (default: OUT/cache)"
     )
     options.add_argument(
         "--weights", choices=("bfloat16", "float16", "float32"), help="of the file (default: bfloat16)"
     )
-    options.add_argument("--copy-vlm", action="store_true", default=None, help="copy the VLM into OUT, not link it")
     options.add_argument("--workers", type=_whole(1), metavar="N", help="threads that read samples (default: 4)")
     return parent
 
@@ -402,6 +425,10 @@ def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
 
 def _list(low: int) -> Callable[[str], tuple[int, ...]]:
     return lambda text: tuple(map(_whole(low), text.split(",")))
+
+
+def _layers(text: str) -> str | tuple[int, ...]:
+    return text if text in ("every", "third") else _list(0)(text)
 
 
 def _number(text: str) -> float:

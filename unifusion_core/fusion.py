@@ -30,9 +30,13 @@ class FusionHead:
     def pool(self, hidden: HiddenStates) -> HiddenStates:
         """LAP, or its rival: states [B, T, L, E] → [B, T, 1, slots E], spans and positions kept.
 
+        Layers that were tapped for others are left aside.
+
         Raises:
-            ValueError: the states come from another VLM or other layers than the head was trained on.
+            ValueError: the states come from another VLM than the head was trained on, or lack layers of it.
         """
+        if set(self.spec.layers) < set(hidden.layers):
+            hidden = hidden.tapping(self.spec.layers)
         check_vlm(self.spec, hidden.vlm, hidden.layers)
         like = next(parameter for parameter in self.refiner.parameters() if parameter.ndim > 1)  # norms may be wider
         hidden = hidden.to(like.device, like.dtype)

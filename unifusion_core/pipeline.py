@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,10 +25,10 @@ from .diffusion.dit import DiT
 from .diffusion.flow import Velocity, timesteps
 from .diffusion.sampler import Callback, guided, initial_noise, sample_euler, sample_heun
 from .diffusion.schedule import Mix, parse_schedule, resolve, velocity_at
-from .diffusion.vae import VAE, QwenImageVAE, VAESpec
 from .fusion import FusionHead, check_vlm
 from .krea2 import is_krea2, load_krea2
 from .presets import ModelSpec, spec_from_dict, spec_to_dict
+from .vaes import AnyVAE, load_vae
 
 WEIGHTS = Path(__file__).parent / "weights"
 EMBEDDED = {"micro": "edit", "micro-base": "base"}  # final model (stage 2), and stage 1, which never saw an edit
@@ -88,7 +88,7 @@ class UniFusion:
         lap: nn.Module,
         refiner: Refiner,
         dit: DiT,
-        vae: VAE | QwenImageVAE,
+        vae: AnyVAE,
     ) -> None:
         check_vlm(spec, vlm.identity, vlm.layers)
         self.spec, self.vlm, self.vae = spec, vlm, vae
@@ -155,10 +155,14 @@ class UniFusion:
     @torch.no_grad()
     def conditions(self, hidden: HiddenStates, kinds: Sequence[SpanKind] = KEEP[PAPER]) -> Conditions:
         """Hidden states → tracks. LAP runs once; each track is refined by itself, since refining mixes its tokens."""
-        pooled = self.pool(hidden)
         present = {span.kind for row in hidden.spans for span in row}
         tracks = tracks_of(kinds, "image" in present, bool(present & set(kinds) - {*PICTURE, *TEMPLATE}))
-        return Conditions({name: self.refine(pooled.select(*kinds)) for name, kinds in tracks.items()})
+        if self.spec.refiner_place == "before":  # pooling mixes them already, and in training only what is kept
+            parts = {name: self.pool(hidden.select(*kinds)) for name, kinds in tracks.items()}
+        else:
+            pooled = self.pool(hidden)
+            parts = {name: pooled.select(*kinds) for name, kinds in tracks.items()}
+        return Conditions({name: self.refine(part) for name, part in parts.items()})
 
     def pool(self, hidden: HiddenStates, drop_layers: Sequence[int] = ()) -> HiddenStates:
         """LAP, as `FusionHead.pool`."""
@@ -361,22 +365,6 @@ def save_generator(
     """Saves a module with parts named `lap`, `refiner` and `dit`."""
     tensors = {key: value.to(dtype or value.dtype) for key, value in module.state_dict().items()}
     save_checkpoint(path, tensors, spec_to_dict(spec))
-
-
-def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> VAE:
-    data, tensors = load_checkpoint(path, device, dtype)
-    try:
-        spec = VAESpec(**{**data, "block_channels": tuple(data["block_channels"])})
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: its header does not describe a VAE: {error}") from None
-    vae = VAE(spec).to(device, dtype)
-    load_into(vae, tensors, name=str(path))
-    return vae.eval().requires_grad_(False)
-
-
-def save_vae(path: str | Path, vae: VAE, dtype: torch.dtype | None = None) -> None:
-    tensors = {key: value.to(dtype or value.dtype) for key, value in vae.state_dict().items()}
-    save_checkpoint(path, tensors, asdict(vae.spec))
 
 
 def _for_rows(condition: Condition, rows: int) -> Condition:

@@ -11,6 +11,7 @@ NODE_IDS = (  # ids never change
     "UniFusionLoadModel",
     "UniFusionFusionFromModel",
     "UniFusionLoadLoRA",
+    "UniFusionLoadAdapter",
     "UniFusionRewrite",
     "UniFusionLAPEncode",
     "UniFusionRefine",
@@ -114,7 +115,7 @@ def text_to_image(graph: Graph, prompt: str = CAPTION, size: int = 64, **samplin
     return box
 
 
-def every_node(graph: Graph, lora: str) -> dict[str, Node]:
+def every_node(graph: Graph, lora: str, adapter: str) -> dict[str, Node]:
     """Adds one box of every node of the pack, joined into a job that runs where standins/ are; the boxes by node id."""
     box = {}
 
@@ -140,6 +141,7 @@ def every_node(graph: Graph, lora: str) -> dict[str, Node]:
         think_tokens=8,
         protect_quotes=False,
         token_budget=0,
+        fusion=model[1],
         **{"images.image0": box["UniFusionMicroScene"]},
         **{"sampling.temperature": 0.7, "sampling.top_p": 0.9, "sampling.seed": 1},
     )
@@ -184,8 +186,10 @@ def every_node(graph: Graph, lora: str) -> dict[str, Node]:
     add("UniFusionVLMFromCLIP", clip=clip, dtype="default")
     dit = graph.add("UNETLoader", unet_name="krea2_turbo_fp8_scaled.safetensors", weight_dtype="default")
     add("UniFusionFusionFromModel", model=dit)
-    reader = box["UniFusionVLMFromCLIP"]
+    add("UniFusionLoadAdapter", vlm=box["UniFusionVLMFromCLIP"], adapter=adapter)
+    reader, adapted = box["UniFusionLoadAdapter"], box["UniFusionLoadAdapter"][1]
     words = {"prompt": CAPTION, "max_tiles": 1, "sampling": "off", "max_new_tokens": 8, "profile": "krea2"}
     states = graph.add("UniFusionRewrite", vlm=reader, **words)
-    add("UniFusionEncodeForModel", hidden=states, profile="krea2", tokens="profile's own", vlm=reader)
+    own = "profile's own"
+    add("UniFusionEncodeForModel", hidden=states, profile="krea2", tokens=own, vlm=reader, adapter=adapted)
     return box

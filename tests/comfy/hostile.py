@@ -55,9 +55,9 @@ class Case:
 class Cases:
     """`base` is one job of every node, with a box that shows each node's first output; it wants the standins/."""
 
-    def __init__(self, infos: dict[str, dict], lora: str, outside: list[str]):
+    def __init__(self, infos: dict[str, dict], lora: str, adapter: str, outside: list[str]):
         graph = Graph()
-        self.boxes = every_node(graph, lora)
+        self.boxes = every_node(graph, lora, adapter)
         self.shown = {kind: graph.add("PreviewAny", source=box) for kind, box in self.boxes.items()}
         self.base, self.infos, self.outside = graph.api(), infos, outside
 

@@ -5,16 +5,19 @@ import shutil
 import numpy as np
 import pytest
 
+from unifusion_core.conditioning.adapter import LAPAdapter, adapter_spec, save_adapter
+
 from .canary import watched
 from .client import Client
 from .graph import NODE_IDS, Graph, text_to_image
 from .hostile import Cases
+from .scripts.krea2_files import SIZES
 from .server import REPO, Server, read_header, write_tensors
 from .standin_server import make_standin_base
 
 DEADLINE_S = 30  # of a case; a second is usual
 MOST = 1000  # characters of a message
-LORA = "tiny.safetensors"
+LORA, ADAPTER = "tiny.safetensors", "adapter.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,10 @@ def cases(client, server, outside):
             f"diffusion_model.{name}.lora_B.weight": ((rows, 1), [0.01] * rows),
         },
     )
-    return Cases(client.object_info(), LORA, outside)
+    adapter = LAPAdapter(adapter_spec("krea2", 36, SIZES["txtdim"], heads=2, intermediate_size=48))
+    adapter.init_weights()
+    save_adapter(server.base / "models" / "unifusion" / ADAPTER, adapter)
+    return Cases(client.object_info(), LORA, ADAPTER, outside)
 
 
 @pytest.fixture(scope="module")

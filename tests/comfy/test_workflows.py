@@ -28,7 +28,7 @@ from .ui_to_api import NOTES, to_api
 FOLDER = REPO / "workflows"
 SCRIPT = Path(__file__).parent / "browser" / "workflows.mjs"
 ALL = {**WORKFLOWS, **MODEL_WORKFLOWS}
-NEEDS_A_FILE = {"UniFusionLoadLoRA"}  # of the user's own training
+NEEDS_A_FILE = {"UniFusionLoadLoRA", "UniFusionLoadAdapter"}  # of the user's own training
 LOADERS = {  # node → its input that names a file or folder
     "CLIPLoader": "clip_name",
     "UNETLoader": "unet_name",

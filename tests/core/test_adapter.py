@@ -8,12 +8,22 @@ import torch
 from diffusers import Flux2Transformer2DModel, ZImageTransformer2DModel
 from torch import nn
 
+from unifusion_core.conditioning.adapter import (
+    LAPAdapter,
+    adapter_spec,
+    host_states,
+    load_adapter,
+    save_adapter,
+    tapping,
+)
 from unifusion_core.conditioning.hidden_states import HiddenStates, Span
 from unifusion_core.conditioning.profiles import PROFILES, condition_for
-from unifusion_core.training import adapter as adapters
-from unifusion_core.training.adapter import AdapterTrainee, LAPAdapter, adapter_spec, load_adapter, save_adapter
+from unifusion_core.training.adapter import AdapterTrainee, HostTeacher
 from unifusion_core.training.feed import MicroBatch
 from unifusion_core.training.hosts import host_of
+from unifusion_core.training.samples import Damaged
+
+from .tiny_vlms import tiny_vlm
 
 WIDTH, TOKENS = 32, (7, 5)
 
@@ -50,8 +60,66 @@ def test_at_the_start_it_is_the_original_conditioning_to_the_bit(tiny, profile):
     nn.init.uniform_(norm.weight)
     hidden = states_of(adapter.spec, (6, 6) if PROFILES[profile].mask == "unread" else TOKENS)
     original, _ = condition_for(hidden, PROFILES[profile], "all", norm)
-    ours = adapter(adapters.host_states(hidden, PROFILES[profile], norm))
+    ours = adapter(host_states(hidden, PROFILES[profile], norm))
     assert torch.equal(ours, original[:, : ours.shape[1]])
+
+
+@pytest.mark.parametrize("profile", ["boogu", "klein-4b", "z-image", "ideogram4"])
+def test_the_conditioning_of_a_host_goes_through_the_adapter(tiny, profile):
+    host, adapter, norm = PROFILES[profile], tiny(profile), nn.RMSNorm(WIDTH)
+    nn.init.uniform_(norm.weight)
+    hidden = states_of(adapter.spec, (6, 6) if host.mask == "unread" else TOKENS)
+    others = tuple(100 + layer for layer in hidden.layers)
+    more = replace(hidden, states=hidden.states.repeat(1, 1, 2, 1), layers=hidden.layers + others)
+    original, mask = condition_for(hidden, host, "all", norm)
+    for states in (hidden, more):
+        ours, our_mask = condition_for(states, host, "all", norm, adapter)
+        assert torch.equal(ours, original) and (mask is our_mask is None or torch.equal(mask, our_mask))
+
+    rounded, _ = condition_for(hidden, host, "all", norm, tiny(profile).bfloat16())  # as on a card
+    assert torch.equal(rounded, original.bfloat16().float())
+
+    for weight in adapter.parameters():
+        nn.init.normal_(weight, std=0.1)
+    trained, _ = condition_for(more, host, "all", norm, adapter)
+    rows = hidden.mask.shape[1]
+    expected = adapter(host_states(hidden, host, norm))
+    assert not torch.equal(trained, original) and trained.shape == original.shape
+    assert torch.equal(trained[:, :rows][hidden.mask], expected[hidden.mask])
+    assert not trained[:, :rows][~hidden.mask].any() and not trained[:, rows:].any()
+
+
+def test_states_that_an_adapter_does_not_read_are_refused(tiny):
+    adapter = tiny("z-image")
+    hidden, host = states_of(adapter.spec), PROFILES["z-image"]
+
+    def refused(states, profile, words, by=adapter):
+        with pytest.raises(ValueError, match=words):
+            condition_for(states, profile, "all", None, by)
+
+    refused(hidden, PROFILES["klein-4b"], "trained for Z-Image, but profile is klein-4b; set profile to z-image")
+    few = replace(hidden, states=hidden.states[:, :, -1:], layers=hidden.layers[-1:])
+    refused(few, host, r"lack \[2, 5, .*connect vlm of UniFusion Load Adapter to UniFusion Rewrite")
+    refused(replace(hidden, states=hidden.states[..., 1:]), host, "reads states of width 32, but .* have 31")
+    of_another = LAPAdapter(replace(adapter.spec, vlm="qwen3-36x32-1"))
+    refused(hidden, host, "trained on the states of qwen3-36x32-1, but the VLM is qwen3_vl-36x32-0", of_another)
+
+
+def test_a_vlm_taps_what_the_adapter_reads_beside_its_own(monkeypatch):
+    vlm = tiny_vlm("llama").tapping((0, 1))
+    monkeypatch.setitem(PROFILES, "z-image", replace(PROFILES["z-image"], layers=(3,), width=vlm.width))
+    spec = replace(adapter_spec("z-image", 3, vlm.width, heads=2, intermediate_size=48), vlm=vlm.identity)
+    tapped = tapping(vlm, spec)
+    assert tapped.layers == (0, 1, 2, 3) and vlm.layers == (0, 1) and tapped.model is vlm.model
+
+    deep = replace(spec, layers=(3, vlm.num_layers + 1))
+    for wrong, words in (
+        (replace(spec, vlm="qwen3-36x32-1"), "trained on the states of qwen3-36x32-1"),
+        (replace(spec, lap=replace(spec.lap, width=2 * vlm.width)), f"width {2 * vlm.width}, but .*connect Qwen3-4B"),
+        (deep, f"reads layer {vlm.num_layers + 1}, but .* has {vlm.num_layers}; connect Qwen3-4B"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            tapping(vlm, wrong)
 
 
 def hosts():
@@ -121,8 +189,8 @@ def test_what_does_not_fit_is_refused(tiny):
     with pytest.raises(ValueError, match="expected one of"):
         adapter_spec("sd15", 36, WIDTH, heads=2, intermediate_size=48)
     with pytest.raises(ValueError, match="callable of your own"):
-        host_of("boogu", nn.Identity())
-    teacher = object.__new__(adapters.HostTeacher)
+        host_of("ideogram4", nn.Identity())
+    teacher = object.__new__(HostTeacher)
     teacher.profile = PROFILES["z-image"]
-    with pytest.raises(adapters.Damaged, match="sees no pictures"):
+    with pytest.raises(Damaged, match="sees no pictures"):
         teacher.ask("joint", None, None, Random(0))

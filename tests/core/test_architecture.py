@@ -15,8 +15,9 @@ LINES = [
     {"checkpoint"},
     {"conditioning", "diffusion"},
     {"presets"},
-    {"fusion"},
+    {"fusion", "conditioning_choice"},
     {"krea2"},
+    {"vaes"},
     {"pipeline"},
     {"evaluation", "training"},
     {"experiments"},
@@ -28,7 +29,7 @@ LINES = [
 RANK = {unit: rank for rank, line in enumerate(LINES) for unit in line}
 ONLY_IN = {
     "transformers": ("conditioning/vlm/", "training/", "conditioning/verifi.py", "evaluation/bench_"),
-    "diffusers": ("diffusion/vae.py", "evaluation/bench_krea2.py"),
+    "diffusers": ("diffusion/vae.py", "diffusion/vae_flux2.py", "training/host_files.py", "evaluation/bench_krea2.py"),
     "safetensors": ("checkpoint.py",),
     "accelerate": ("training/", "conditioning/vlm/"),
     "torchao": ("conditioning/vlm/",),

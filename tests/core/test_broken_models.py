@@ -309,7 +309,7 @@ BROKEN = {
     "config without model_type": (settings("config.json", model_type=None), "no model_type"),
     "model_type is a number": (settings("config.json", model_type=3), "no model_type"),
     "model_type unknown": (settings("config.json", model_type="newvl9"), "'newvl9' is not supported", "update"),
-    "no language model": (settings("config.json", model_type="t5"), "'t5' is not supported, it is no language model"),
+    "no language model": (settings("config.json", model_type="mt5"), "'mt5' is not supported, it is no language model"),
     "original InternVL": (settings("config.json", model_type="internvl_chat"), "original InternVL", "'-hf'"),
     "remote code": (
         settings("config.json", model_type="own_vl", auto_map={"AutoModel": "modeling_own.Own"}),

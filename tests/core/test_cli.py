@@ -14,8 +14,9 @@ from transformers.utils import logging
 from unifusion_core import cli
 from unifusion_core.diffusion.vae import VAE, VAESpec
 from unifusion_core.files import read_record, save_json
-from unifusion_core.pipeline import load_vlm, save_generator, save_vae
+from unifusion_core.pipeline import load_vlm, save_generator
 from unifusion_core.training import micro_dit, micro_vlm
+from unifusion_core.vaes import save_vae
 from unifusion_core.verbs import pictures
 
 torch.set_num_threads(1)

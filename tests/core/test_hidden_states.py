@@ -96,7 +96,7 @@ def test_every_mode_keeps_its_kinds():
     kept = {mode: [span.kind for span in states.keep(mode).spans[0]] for mode in KEEP}
     assert kept["rewrite"] == ["rewrite"] and kept["think"] == ["think"]
     assert kept["image + rewrite"] == ["image", "rewrite"] and kept["think + rewrite"] == ["think", "rewrite"]
-    assert kept["user turn"] == ["instruction", "marker", "image", "marker"]
+    assert kept["user turn"] == ["instruction", "marker", "image", "marker"] and kept["image"] == ["image"]
     assert kept["everything"] == ["prefix", *kept["all"]]
     assert kept["all"] == ["instruction", "marker", "image", "marker", "think", "rewrite"]
     with pytest.raises(ValueError, match="unknown mode 'most' of states to keep; one of rewrite, image"):

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -17,12 +19,14 @@ from PIL import Image
 
 from unifusion_core import cli
 from unifusion_core.checkpoint import load_tensors, read_spec
-from unifusion_core.conditioning.vlm import Request, load_vlm
+from unifusion_core.conditioning.vlm import FrozenVLM, Request, load_vlm
 from unifusion_core.pipeline import WEIGHTS, load_model, load_vae
 from unifusion_core.presets import PRESETS
 from unifusion_core.training.asked import STAGE1_MIX, Asked, Teacher, draw_kind
 from unifusion_core.training.buckets import Order, bucket_sizes, nearest
+from unifusion_core.training.ema import EMA
 from unifusion_core.training.feed import Feed
+from unifusion_core.training.kept_states import KeptStates
 from unifusion_core.training.latents import LatentCache
 from unifusion_core.training.plan import parameters
 from unifusion_core.training.samples import Damaged, Texts, build_index, read_picture, read_texts
@@ -31,7 +35,56 @@ from unifusion_core.training.trainee import build_trainee, checkpoint_blocks
 ROOT = Path(__file__).parents[2]
 MICRO = WEIGHTS / "micro"
 STEPS = 6
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+WATCHED = """
+import sys
+from pathlib import Path
+from unifusion_core import cli
+from unifusion_core.training import scaled
+
+cut = scaled.shard
+
+
+def shard(model, units, accelerator, compute):
+    held = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta)
+    (Path(sys.argv[1]) / f"held-{accelerator.process_index}").write_text(str(held))
+    return cut(model, units, accelerator, compute)
+
+
+scaled.shard = shard
+sys.exit(cli.main(sys.argv[2:]))
+"""
+CUT = """
+import torch
+from accelerate import Accelerator
+from torch import nn
+from unifusion_core.training.scaled import shard
+
+accelerator = Accelerator(cpu=True)
+main = accelerator.is_main_process
+torch.manual_seed(accelerator.process_index)
+with torch.device("cpu" if main else "meta"):
+    model = nn.Module()
+    model.inner, model.norm, model.scale = nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Parameter(torch.rand(7))
+    model.register_buffer("table", torch.rand(4), persistent=False)
+    model.inner.register_buffer("turn", torch.rand(2, 2), persistent=False)
+    model.norm.running_mean.add_(torch.rand(5))
+
+
+def tensors():
+    return dict((*model.named_parameters(), *model.named_buffers()))
+
+
+made = {name: tensor.detach().clone() for name, tensor in tensors().items()}
+shard(model, [model.inner], accelerator, torch.float32)
+whole = {n: getattr(t, "full_tensor", lambda t=t: t)() for n, t in tensors().items()}
+for name, tensor in whole.items():
+    sent = made[name] if main else torch.empty_like(tensor)
+    torch.distributed.broadcast(sent, 0)
+    assert torch.equal(sent, tensor) and made[name].is_meta != main, name
+share = sum(parameter.to_local().numel() for parameter in model.parameters())
+assert share < 2 / 3 * sum(parameter.numel() for parameter in model.parameters()), share
+"""
 
 
 def full_cycle():
@@ -63,29 +116,47 @@ def command(data, out, *more):
     return [*map(str, (*words, *more))]
 
 
-def launched(words, *, kill_at=None, wrapper=(sys.executable,)):
-    """Runs the command line in processes of its own; kills them (SIGKILL) once the log has so many lines."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    started = subprocess.Popen(
-        [*wrapper, "-m", "unifusion_core", *words],
+def started(words, **variables):
+    """Python in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)],
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
-    if kill_at is not None:
-        log = Path(words[words.index("--out") + 1]) / "log.jsonl"
-        deadline = time.monotonic() + 100
-        while time.monotonic() < deadline and not (log.is_file() and log.read_text().count("\n") >= kill_at):
-            assert started.poll() is None, started.stdout.read()
-            time.sleep(0.01)
-        os.killpg(started.pid, signal.SIGKILL)
-        started.wait()
-        return
-    output, _ = started.communicate(timeout=200)
-    assert started.returncode == 0, output
+
+
+def two(words):
+    """The two processes that a launcher would start, in our own hands."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    return [started(words, **meeting, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+
+
+def finished(*processes):
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+
+
+def killed(out, lines, *processes):
+    """SIGKILL to all once the log has so many lines."""
+    log, deadline = out / "log.jsonl", time.monotonic() + 300
+    while time.monotonic() < deadline and not (log.is_file() and log.read_text().count("\n") >= lines):
+        for process in processes:
+            assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    for process in processes:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def program(words):
+    return ["-m", "unifusion_core", *words]
 
 
 def losses(out):
@@ -100,30 +171,80 @@ def whole(data, tmp_path_factory):
     return out
 
 
-def test_a_killed_run_resumes_to_the_same_losses_and_weights(data, whole, tmp_path):
-    """SIGKILL between two states."""
-    words = command(data, tmp_path, "--save-every", 2)
-    launched(words, kill_at=3)
-    state = json.loads((tmp_path / "state" / "latest.json").read_text())
-    assert 2 <= state["step"] < STEPS and not (tmp_path / "model.safetensors").exists()
+@pytest.fixture(scope="module")
+def resumed(data, tmp_path_factory):
+    """SIGKILL between two states, then to the end."""
+    out = tmp_path_factory.mktemp("resumed")
+    words = command(data, out, "--save-every", 2)
+    killed(out, 3, started(program(words)))
+    was_cut_short(out)
     assert cli.main(words) == 0
-    assert losses(tmp_path) == losses(whole)
-    ours, theirs = load_tensors(tmp_path / "model.safetensors"), load_tensors(whole / "model.safetensors")
+    return out
+
+
+def test_a_killed_run_resumes_to_the_same_losses_and_weights(resumed, whole):
+    has_the_same(resumed, whole)
+
+
+def was_cut_short(out):
+    state = json.loads((out / "state" / "latest.json").read_text())
+    assert 2 <= state["step"] < STEPS and not (out / "model.safetensors").exists()
+
+
+def has_the_same(out, other):
+    assert losses(out) == losses(other) and len(losses(out)) == STEPS
+    ours, theirs = load_tensors(out / "model.safetensors"), load_tensors(other / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("way", [(), ("--fsdp", "--checkpointing")])
-def test_two_processes_have_the_losses_of_one(data, whole, tmp_path, way):
-    launched(command(data, tmp_path, "--save-every", 3, *way), wrapper=LAUNCH)
-    assert losses(tmp_path) == pytest.approx(losses(whole), abs=1e-4)
-    ours, theirs = load_tensors(tmp_path / "model.safetensors"), load_tensors(whole / "model.safetensors")
+@pytest.fixture(scope="module")
+def sharded(data, tmp_path_factory):
+    """Two processes that torchrun started, with FSDP2, never interrupted; what each held before the cut is noted."""
+    out = tmp_path_factory.mktemp("sharded")
+    (out / "watched.py").write_text(WATCHED)
+    words = command(data, out, "--save-every", 3, "--fsdp", "--checkpointing")
+    finished(started([*LAUNCH, out / "watched.py", out, *words]))
+    return out
+
+
+def test_two_replicas_have_the_losses_of_one_process(data, whole, tmp_path):
+    finished(started([*LAUNCH, *program(command(data, tmp_path, "--save-every", 3))]))
+    is_like_one_process(tmp_path, whole, command(data, tmp_path))
+
+
+def test_two_processes_under_fsdp2_have_the_losses_of_one(data, whole, sharded, tmp_path):
+    shutil.copytree(sharded, tmp_path / "copy")
+    is_like_one_process(tmp_path / "copy", whole, command(data, tmp_path / "copy", "--fsdp"))
+
+
+def is_like_one_process(out, whole, words):
+    assert losses(out) == pytest.approx(losses(whole), abs=1e-4)
+    ours, theirs = load_tensors(out / "model.safetensors"), load_tensors(whole / "model.safetensors")
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in theirs)
-    state = tmp_path / "state"  # one process goes on from the state of two
+    state = out / "state"  # one process goes on from the state of two
     assert (state / json.loads((state / "latest.json").read_text())["folder"] / ".metadata").is_file()
-    (tmp_path / "model.safetensors").unlink()
-    assert cli.main(command(data, tmp_path, *(["--fsdp"] if way else []))) == 0
-    resumed = load_tensors(tmp_path / "model.safetensors")
+    (out / "model.safetensors").unlink()
+    assert cli.main(words) == 0
+    resumed = load_tensors(out / "model.safetensors")
     assert all(torch.equal(resumed[name], ours[name]) for name in ours)
+
+
+def test_under_fsdp2_only_the_main_process_builds_the_model(sharded, whole):
+    size = sum(tensor.numel() for tensor in load_tensors(whole / "model.safetensors").values())
+    assert [int((sharded / f"held-{rank}").read_text()) for rank in range(2)] == [size, 0]
+
+
+def test_what_is_cut_has_every_tensor_of_the_main_process(tmp_path):
+    (tmp_path / "cut.py").write_text(CUT)
+    finished(*two([tmp_path / "cut.py"]))
+
+
+def test_a_killed_run_under_fsdp2_resumes_to_the_same_losses_and_weights(data, sharded, tmp_path):
+    words = command(data, tmp_path, "--save-every", 2, "--fsdp", "--checkpointing")
+    killed(tmp_path, 3, *two(program(words)))
+    was_cut_short(tmp_path)
+    finished(*two(program(words)))
+    has_the_same(tmp_path, sharded)
 
 
 def test_accumulation_has_the_losses_of_a_whole_batch(data, whole, tmp_path):
@@ -279,6 +400,131 @@ def test_kept_latents_are_those_computed(data, vlm, tmp_path):
     fresh = first_batch(feed_of(data / "pairs", vlm, tmp_path))
     assert list((tmp_path / "latents").rglob("*.safetensors"))
     assert torch.equal(first_batch(feed_of(data / "pairs", vlm, tmp_path)).latents, fresh.latents)
+
+
+# Kept states.
+
+
+@pytest.fixture
+def asked_of(monkeypatch):
+    """How many rows each forward of a VLM had."""
+    calls, encode = [], FrozenVLM._encode
+
+    def counted(self, prompts, rewrites, *rest):
+        calls.append(len(rewrites))
+        return encode(self, prompts, rewrites, *rest)
+
+    monkeypatch.setattr(FrozenVLM, "_encode", counted)
+    return calls
+
+
+@pytest.fixture
+def eight(tmp_path):
+    """An epoch of one step."""
+    for i in range(8):
+        pair_in(tmp_path / "eight", f"{i}", text=f"{i} red hearts", color=(i * 30, 0, 0))
+    return tmp_path / "eight"
+
+
+def test_kept_states_are_asked_for_once(eight, tmp_path, asked_of):
+    """In six epochs, and never by a run that finds them all; the losses are the same to the bit."""
+    more = ["--mix", "0.5,0.5,0", "--tiles", 1, "--cache-states", "--cache", tmp_path / "cache"]
+    losses_of = {}
+    for name in ("cold", "hot"):
+        words = command(tmp_path, tmp_path / name, *more)
+        words[words.index("--data") + 1] = str(eight)
+        assert cli.main(words) == 0
+        losses_of[name] = losses(tmp_path / name), list(asked_of)
+        asked_of.clear()
+    files = list((tmp_path / "cache" / "states").rglob("*.safetensors"))
+    assert losses_of["cold"][1] == [1] * len(files) and 8 < len(files) <= 8 + 8 + 1 and len(files) < 6 * 8
+    assert losses_of["hot"] == (losses_of["cold"][0], []) and len(losses_of["hot"][0]) == 6
+
+
+def test_a_run_with_kept_states_resumes_to_the_same_losses(eight, tmp_path, monkeypatch):
+    def words(name):
+        made = command(tmp_path, tmp_path / name, "--cache-states", "--save-every", 2)
+        made[made.index("--data") + 1] = str(eight)
+        return made
+
+    assert cli.main(words("whole")) == 0
+    update, steps = EMA.update, []
+
+    def broken(self, module):
+        update(self, module)
+        steps.append(0)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EMA, "update", broken)
+        assert cli.main(words("cut")) == 130
+    was_cut_short(tmp_path / "cut")
+    assert cli.main(words("cut")) == 0
+    has_the_same(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_run_with_kept_states_is_not_resumed_without_them(data, whole, capsys):
+    assert cli.main(command(data, whole, "--cache-states")) == 2
+    assert "cache_states None, not True" in capsys.readouterr().err
+
+
+def test_kept_states_are_those_of_the_teacher(data, vlm, tmp_path):
+    teacher = Teacher(vlm, (1,))
+    kept = KeptStates(teacher, vlm, tmp_path)
+    texts, picture = Texts("a red heart", None, "add a red heart"), Image.new("RGB", (64, 48), "teal")
+    for _ in range(2):  # computed, then found
+        rows = [kept.ask(kind, texts, picture, Random(0)) for kind in ("picture", "text", "empty", "edit")]
+        states, mask, positions = kept.states(rows)
+        alone = [teacher.states([row]) for row in rows]
+        assert mask.sum(1).tolist() == [each.shape[1] for each, _, _ in alone] and states.dtype == torch.bfloat16
+        for i, (theirs, _, places) in enumerate(alone):
+            assert torch.equal(states[i, mask[i]], theirs[0].bfloat16()) and torch.equal(
+                positions[i, mask[i]], places[0]
+            )
+            assert not states[i, ~mask[i]].any()
+    assert all(row.found is not None for row in rows)
+
+
+def test_another_request_or_vlm_finds_no_kept_states(vlm, tmp_path):
+    kept = KeptStates(Teacher(vlm), vlm, tmp_path)
+    red, pink = (Image.new("RGB", (64, 64), color) for color in ("red", "pink"))
+    different = [
+        Asked("text", Request("a heart"), (5,)),
+        Asked("text", Request("a star"), (5,)),
+        Asked("text", Request("a heart"), (6,)),
+        Asked("text", Request("a heart", system="Be brief."), (5,)),
+        Asked("edit", Request("a heart", (red,), max_tiles=4), (5,)),
+        Asked("edit", Request("a heart", (red,), max_tiles=9), (5,)),
+        Asked("edit", Request("a heart", (pink,), max_tiles=9), (5,)),
+        Asked("joint", Request("a heart", (red,), max_tiles=9), (5,)),
+        Asked("empty"),
+    ]
+    assert len({kept.key(asked) for asked in different}) == len(different)
+    assert kept.key(different[6]) == kept.key(Asked("edit", Request("a heart", (pink.copy(),), max_tiles=9), (5,)))
+    tuned = load_vlm(MICRO / "vlm", layers=vlm.layers, dtype=torch.float32)
+    assert KeptStates(Teacher(tuned), tuned, tmp_path).folder == kept.folder
+    tuned.decoder_layers[3].mlp.down_proj.weight.mul_(1.01)
+    assert tuned.identity == vlm.identity
+    others = [tuned, vlm.tapping((1, 5, 8, 11)), load_vlm(MICRO / "vlm", layers=vlm.layers, dtype=torch.bfloat16)]
+    assert len({KeptStates(Teacher(other), other, tmp_path).folder for other in (vlm, *others)}) == 4
+
+
+# TensorBoard.
+
+
+def test_tensorboard_shows_the_losses_of_the_log(resumed):
+    """Every step once, though the run was killed and some were done again."""
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
+    )
+    found = accumulator.EventAccumulator(str(resumed / "tensorboard"))
+    found.Reload()
+    shown = found.Scalars("loss")
+    assert [event.step for event in shown] == list(range(1, STEPS + 1))
+    assert [event.value for event in shown] == pytest.approx(losses(resumed), rel=1e-6)
+    assert [event.value for event in found.Scalars("rate")][0] == pytest.approx(1e-3)
+    assert {"loss", "rate", "gradient", "text"} <= set(found.Tags()["scalars"])
 
 
 # Conditions.

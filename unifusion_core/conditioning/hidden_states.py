@@ -23,6 +23,7 @@ KEEP: dict[str, tuple[SpanKind, ...]] = {
     "think": ("think",),
     "all": ("instruction", "image", "thumbnail", "marker", "think", "rewrite"),
     "everything": get_args(SpanKind),
+    "image": ("image", "thumbnail"),
 }
 
 
@@ -76,6 +77,19 @@ class HiddenStates:
             mask=self.mask.to(device=device),
             positions=self.positions.to(device=device),
         )
+
+    def tapping(self, layers: Sequence[int]) -> HiddenStates:
+        """Keeps these of the tapped layers; the same object where they are all.
+
+        Raises:
+            ValueError: a layer that was not tapped.
+        """
+        if tuple(layers) == self.layers:
+            return self
+        if lacking := [layer for layer in layers if layer not in self.layers]:
+            raise ValueError(f"layers {lacking} were not tapped; there are {self.layers}")
+        places = [self.layers.index(layer) for layer in layers]
+        return replace(self, states=self.states[:, :, places], layers=tuple(layers))
 
     def keep(self, mode: str) -> HiddenStates:
         """Keeps the tokens of one of the `KEEP` modes, as `select`.

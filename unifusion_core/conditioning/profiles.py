@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from .hidden_states import KEEP, HiddenStates, SpanKind
+
+if TYPE_CHECKING:
+    from .adapter import LAPAdapter
 
 DESCRIBE = (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
@@ -216,6 +219,7 @@ def condition_for(
     profile: EncoderProfile,
     keep: str | None = None,
     final_norm: Callable[[Tensor], Tensor] | None = None,
+    adapter: LAPAdapter | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Makes the conditioning that the encoder of the profile's DiT would have made of these tokens.
 
@@ -223,20 +227,19 @@ def condition_for(
         hidden: taps of at least the profile's layers.
         keep: a mode of `MODES`; None = what the DiT was trained on, of which a rewrite is no part.
         final_norm: `FrozenVLM.final_norm`, where `profile.post_norm` asks for it.
+        adapter: makes the slots of the profile's layers out of its own.
     Returns:
         tokens: [B, T, L * E] float32 on the states' device; padding is zero.
         mask: [B, T] bool, True where a real token stands; None where the DiT needs none.
     Raises:
         ValueError: a layer is missing, another width, no final norm where one is needed, an unknown mode, no such
-            token, or rows of different lengths for a DiT that reads no mask.
+            token, rows of different lengths for a DiT that reads no mask, or states that the adapter does not read.
     """
-    check(hidden, profile)
+    check(hidden, profile, adapter)
     if profile.post_norm and final_norm is None:
         raise ValueError(f"{profile.title} was trained behind the VLM's final norm: connect vlm, the one that wrote")
     chosen = hidden.select(*kinds_of(profile, keep))
-    states = chosen.states[:, :, [hidden.layers.index(layer) for layer in profile.layers]].float()
-    if profile.post_norm:
-        states = torch.cat([states[:, :, :-1], final_norm(states[:, :, -1:]).float()], dim=2)
+    states = _own(chosen, profile, final_norm) if adapter is None else adapter.read(chosen, final_norm)
     tokens, mask = flatten(states, profile), chosen.mask
     missing = profile.pad_to - tokens.shape[1]
     if missing > 0:
@@ -250,12 +253,22 @@ def condition_for(
     return tokens, mask if profile.mask == "needed" or not mask.all() else None
 
 
-def check(hidden: HiddenStates, profile: EncoderProfile) -> None:
-    """Says what is wrong with the states for this profile.
+def _own(chosen: HiddenStates, profile: EncoderProfile, final_norm: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """The profile's own layers [B, T, L, E] float32, the last behind the final norm where it was in training."""
+    states = chosen.states[:, :, [chosen.layers.index(layer) for layer in profile.layers]].float()
+    if not profile.post_norm:
+        return states
+    return torch.cat([states[:, :, :-1], final_norm(states[:, :, -1:]).float()], dim=2)
+
+
+def check(hidden: HiddenStates, profile: EncoderProfile, adapter: LAPAdapter | None = None) -> None:
+    """Says what is wrong with the states for this profile, and for an adapter, where there is one.
 
     Raises:
-        ValueError: the states lack a layer of the profile, or have another width.
+        ValueError: the states lack a layer of the profile, or have another width, or the adapter does not read them.
     """
+    if adapter is not None:
+        adapter.check(hidden, profile)
     width = hidden.states.shape[-1]
     if width != profile.width:
         raise ValueError(

@@ -1,4 +1,7 @@
-"""Images ↔ latents, by diffusers' AutoencoderKL for our own models and AutoencoderKLQwenImage for Krea 2."""
+"""Images ↔ latents, by diffusers' AutoencoderKL for our own models and AutoencoderKLQwenImage for Krea 2.
+
+FLUX.2's, for the large presets, is in `vae_flux2.py`.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +38,17 @@ class VAESpec:
     groups: int = 8
     middle_attention: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block_channels", tuple(self.block_channels))
+
     @property
     def compression(self) -> int:
         return self.unshuffle * 2 ** (len(self.block_channels) - 1)
+
+    @property
+    def decoder_values(self) -> int:
+        """About as many numbers as decoding holds at once for a pixel: eight maps of the widest block."""
+        return max(1, 8 * max(self.block_channels) // self.unshuffle**2)
 
 
 class VAE(nn.Module):
@@ -82,12 +93,12 @@ class VAE(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] → images [B, 3, h·f, w·f] in 0..1."""
-        _check_latents(latents, self.spec.latent_channels)
+        check_latents(latents, self.spec.latent_channels)
         raw = latents * _channelwise(self.latent_std) + _channelwise(self.latent_mean)
         return (self.decode_raw(raw) * 0.5 + 0.5).clamp(0, 1)
 
     def _checked(self, images: Tensor) -> Tensor:
-        return _check_images(images, self.spec.compression)
+        return check_images(images, self.spec.compression)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +130,11 @@ class QwenImageVAESpec:
     def compression(self) -> int:
         return 2 ** len(self.downsample_time)
 
+    @property
+    def decoder_values(self) -> int:
+        """About as many numbers as decoding holds at once for a pixel, as ComfyUI counts them for this VAE: 2200."""
+        return 23 * self.base_channels
+
 
 class QwenImageVAE(nn.Module):
     """`VAE`'s encode and decode by diffusers' AutoencoderKLQwenImage: a picture is a video of one frame."""
@@ -141,14 +157,14 @@ class QwenImageVAE(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in 0..1 → latents [B, C, H/f, W/f], the posterior's mode; H and W must divide by f."""
-        frames = (_check_images(images, self.spec.compression) * 2 - 1)[:, :, None]
+        frames = (check_images(images, self.spec.compression) * 2 - 1)[:, :, None]
         raw = self.autoencoder.encode(frames.to(self.autoencoder.dtype)).latent_dist.mode()[:, :, 0]
         return (raw - _channelwise(self.latent_mean)) / _channelwise(self.latent_std)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] → images [B, 3, h·f, w·f] in 0..1."""
-        _check_latents(latents, self.spec.latent_channels)
+        check_latents(latents, self.spec.latent_channels)
         raw = latents * _channelwise(self.latent_std) + _channelwise(self.latent_mean)
         frames = self.autoencoder.decode(raw[:, :, None].to(self.autoencoder.dtype)).sample
         return (frames[:, :, 0].float() * 0.5 + 0.5).clamp(0, 1)
@@ -191,7 +207,7 @@ def from_wan(tensors: Mapping[str, Tensor]) -> tuple[QwenImageVAESpec, dict[str,
 
 
 @torch.no_grad()
-def preview_colors(vae: VAE, images: Tensor) -> tuple[tuple[float, float, float], ...]:
+def preview_colors(vae: nn.Module, images: Tensor) -> tuple[tuple[float, float, float], ...]:
     """The linear map from latents to colours in -1..1 that fits these images best: C rows and a last one for none.
 
     Args:
@@ -207,14 +223,18 @@ def _channelwise(vector: Tensor) -> Tensor:
     return vector.view(1, -1, 1, 1)
 
 
-def _check_latents(latents: Tensor, channels: int) -> None:
-    if latents.ndim != 4 or latents.shape[1] != channels:
+def check_latents(latents: Tensor, channels: int, multiple: int = 1) -> None:
+    """Raises ValueError unless latents are [B, channels, h, w], with sides that divide by `multiple`."""
+    if latents.ndim != 4 or latents.shape[1] != channels or any(side % multiple for side in latents.shape[2:]):
+        sides = f" with sides divisible by {multiple}" if multiple > 1 else ""
         raise ValueError(
-            f"latents of shape {tuple(latents.shape)} do not fit this VAE: it takes [batch, {channels}, height, width]"
+            f"latents of shape {tuple(latents.shape)} do not fit this VAE: it takes [batch, {channels}, height, "
+            f"width]{sides}"
         )
 
 
-def _check_images(images: Tensor, factor: int) -> Tensor:
+def check_images(images: Tensor, factor: int) -> Tensor:
+    """The images; raises ValueError unless they are [B, 3, H, W] with sides that divide by `factor`."""
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
         raise ValueError(
             f"images of shape {tuple(images.shape)} cannot be encoded: [batch, 3, height, width] with sides "

@@ -42,6 +42,7 @@ def figure(
     """Draws one analysis, 1024 px wide.
 
     Args:
+        lap: for "layer similarity" also a rival of it.
         hidden: what enters LAP; moved to its device and dtype.
         texts: the T tokens of the row as texts, for "attention norms"; "" where unknown.
         row: of the batch, for "attention norms"; the other figures average over all rows.
@@ -62,6 +63,8 @@ def figure(
         raise ValueError("the hidden states hold no real token, only padding")
     if not bool(torch.isfinite(hidden.states).all()):
         raise ValueError("the hidden states hold NaN or infinity; load the VLM in bfloat16 or float32")
+    if name == "layer similarity":
+        return similarity_figure(adjacent_similarity(hidden.states, hidden.mask, hidden.spans), hidden.layers)
     weight = lap.projector.weight
     hidden = hidden.to(weight.device, weight.dtype)
     if name == "attention norms":
@@ -69,8 +72,6 @@ def figure(
             raise ValueError(f"row {row}: there are {len(hidden.mask)}")
         norms = attention_norms(lap, hidden.states[row])
         return norms_figure(norms, hidden.mask[row], hidden.spans[row], hidden.layers, texts)
-    if name == "layer similarity":
-        return similarity_figure(adjacent_similarity(hidden.states, hidden.mask, hidden.spans), hidden.layers)
     return dropout_figure(dropout_effect(lap, hidden.states, hidden.mask, hidden.spans), hidden.layers)
 
 

@@ -26,6 +26,7 @@ from ..pipeline import UniFusion, load_generator, save_generator
 from ..presets import ModelSpec, micro
 from ..training.loop import LoopSpec, fit
 from ..training.micro_dit import Frozen, Generator, Trainee, loss
+from ..training.trainee import take_over
 from .data import BATCH, NOISES, Mix, batch
 from .encoders import TextTeacher, text_encoder, text_folder, text_loop, untrained_text_encoder, vae, vlm
 
@@ -167,16 +168,6 @@ def teacher(arm: Arm, folder: Path, steps: int) -> Frozen:
     if arm.encoder == "t5":
         return TextTeacher(encoder, vae())
     return Frozen(encoder.model, encoder.tokenizer, vae(), arm.spec.layers)
-
-
-def take_over(generator: Generator, path: Path) -> None:
-    """Weights of the parts that both have; what is of another shape stays as it is."""
-    for name, old in zip(("lap", "refiner", "dit"), load_generator(path)[1], strict=True):
-        new = getattr(generator, name)
-        mine, theirs = new.state_dict(), old.state_dict()
-        new.load_state_dict(
-            {k: theirs[k] if k in theirs and theirs[k].shape == v.shape else v for k, v in mine.items()}
-        )
 
 
 # Equal compute.

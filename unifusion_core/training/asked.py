@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..conditioning.hidden_states import KEEP, HiddenStates
-from ..conditioning.vlm import FrozenVLM, Request
+from ..conditioning.vlm import FrozenVLM, Request, T5TextEncoder
 from ..pipeline import PAPER
 from .samples import Damaged, Texts
 
@@ -96,6 +96,34 @@ class Teacher:
         if self._empty is None:
             self._empty = self.vlm.encode_empty()
         return self._empty
+
+
+class PromptTeacher:
+    """A T5 in the VLM's place: the words of a prompt condition the picture, and nothing else.
+
+    `Asked.rewrite` holds the prompt's own tokens here.
+    """
+
+    def __init__(self, encoder: T5TextEncoder, most_tokens: int = 300) -> None:
+        self.encoder, self.most_tokens = encoder, most_tokens
+        self._lock = Lock()
+
+    def ask(self, kind: Kind, texts: Texts, picture: Image.Image | None, rng: Random) -> Asked:
+        """As `Teacher.ask`; the prompt is the sample's own, or else its caption.
+
+        Raises:
+            ValueError: a kind with a picture.
+        """
+        if kind not in ("text", "empty"):
+            raise ValueError(f"a sample of the kind {kind!r}: T5 reads text alone; train it on text (--mix 1,0,0)")
+        with self._lock:
+            *words, end = self.encoder.ids("" if kind == "empty" else texts.prompt or texts.caption)
+        return Asked(kind, rewrite=(*words[: self.most_tokens - 1], end))
+
+    def states(self, rows: Sequence[Asked]) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Teacher.states`."""
+        states, mask = self.encoder.states([row.rewrite for row in rows])
+        return states[:, :, None], mask, torch.zeros(*mask.shape, 3, device=mask.device)
 
 
 def _join(rows: Sequence[tuple[HiddenStates, int]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import save_checkpoint
 from ..presets import ModelSpec, spec_to_dict
+from ..vaes import OURS, is_ours, load_vae, save_vae
 from .ema import EMA
 
 
@@ -28,26 +29,40 @@ def export(
     dtype: torch.dtype,
     copy_vlm: bool = False,
 ) -> Path:
-    """Writes `model.safetensors` from the averaged weights, with `vae.safetensors` copied and `vlm` linked beside it.
+    """Writes `model.safetensors` from the averaged weights, with `vae.safetensors` and a link `vlm` beside it.
 
     Every process must call it: under FSDP2 each holds a part of every tensor.
 
     Args:
         copy_vlm: a copy that can be moved elsewhere, instead of a link to the folder.
     """
-    averaged = ema.shadow if ema else {}
-    tensors = {}
-    for name, value in model.state_dict().items():
-        whole = _whole(averaged.get(name, value)).to("cpu", dtype)
-        if accelerator.is_main_process:
-            tensors[name] = whole
+    tensors = whole_tensors(model, ema, accelerator, dtype)
     path = folder / "model.safetensors"
     if accelerator.is_main_process:
         save_checkpoint(path, tensors, spec_to_dict(spec))
-        _place(vae, folder / "vae.safetensors", copy=True)
+        place_vae(vae, folder / OURS)
         _place(vlm, folder / "vlm", copy=copy_vlm)
     accelerator.wait_for_everyone()
     return path
+
+
+def whole_tensors(model: nn.Module, ema: EMA | None, accelerator: Accelerator, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The averaged weights, whole, in the main process; none in the others, which must call it too."""
+    averaged, tensors = ema.shadow if ema else {}, {}
+    for name, value in model.state_dict().items():
+        value = averaged.get(name, value)
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        if accelerator.is_main_process:
+            tensors[name] = whole.to("cpu", dtype)
+    return tensors
+
+
+def place_vae(source: Path, target: Path) -> None:
+    """A copy; what is not a file of ours, such as diffusers' folder, is written as one, in its own dtype."""
+    if is_ours(source):
+        _place(source, target, copy=True)
+    else:
+        save_vae(target, load_vae(source, dtype=None))
 
 
 def for_training(spec: ModelSpec, vlm_identity: str, size: int, preview, name: str | None) -> ModelSpec:
@@ -68,7 +83,3 @@ def _place(source: Path, target: Path, copy: bool) -> None:
         shutil.copytree(source, target)
     else:
         shutil.copyfile(source, target)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

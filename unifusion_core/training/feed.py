@@ -110,6 +110,10 @@ class Feed:
                 for future in (future for futures in waiting for future in futures):
                     future.cancel()
 
+    def first(self, device: torch.device) -> MicroBatch:
+        """The first place of the first batch, by itself."""
+        return self._finish([self.read(0, 0, self.order.at(0))], device)
+
     def _submit(self, pool, waiting: deque, place: tuple[int, int] | None, accumulation: int, shard) -> None:
         if place is None:
             return

@@ -6,8 +6,7 @@ reconstruction and joint samples; stage 2 goes on with edits (the paper's Sec. 2
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,84 +15,68 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..checkpoint import read_spec
-from ..conditioning.vlm import FrozenVLM, load_vlm
+from ..conditioning.vlm import FrozenVLM, T5TextEncoder, load_vlm
+from ..conditioning.vlm.t5 import T5_MARK
+from ..conditioning_choice import conditioning_of, for_width, with_conditioning
+from ..conditioning_choice import describe as describe_conditioning
 from ..diffusion.vae import preview_colors
 from ..files import save_json
 from ..fusion import check_vlm
-from ..krea2 import load_vae as load_qwen_vae
-from ..pipeline import load_vae
 from ..presets import PRESETS, ModelSpec, spec_from_dict
-from .asked import STAGE1_MIX, Teacher
+from ..vaes import OURS, load_vae
+from .asked import STAGE1_MIX, PromptTeacher, Teacher
 from .buckets import Order, bucket_sizes
 from .export import export, for_training
 from .feed import Feed
+from .kept_states import KeptStates
 from .latents import LatentCache
-from .loop import LoopSpec
+from .run import SETTINGS, BaseRun, check_mix, describe, report_damaged
 from .samples import Damaged, Index, build_index, read_picture
 from .scaled import fit_scaled
-from .trainee import build_trainee, checkpoint_blocks
+from .trainee import TakenOver, Trainee, build_trainee, checkpoint_blocks, empty_trainee, take_over
 
-LOOP = LoopSpec(steps=1000, batch_size=32, rate=1e-4, warmup=100, decay_fraction=0.1, ema_decay=0.9999)
 PREVIEWED = 32  # pictures to which the preview's colours are fitted
-SETTINGS = "run.json"
-KEPT = ("steps", "batch_size", "rate", "warmup", "decay_fraction", "clip", "ema_decay", "weight_decay", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """One training. What decides the losses is kept in `out/run.json`, and a resumed run must agree with it.
+class Run(BaseRun):
+    """One training of a generator.
 
     preset, init: where the spec comes from: a name of `PRESETS`, or a model file, which brings its weights too.
-    data: folders and tar files (`samples.py`). size: px, of the square bucket. tiles: of a picture, drawn in turn.
-    mix: shares of text, picture and joint. dropout: share of conditions that become the empty one.
+    conditioning, refiner, layers: as `with_conditioning` takes them; with init they only say what its file holds,
+        unless a T5 conditioned it and `vlm` is none: then the DiT goes on, and what does not fit starts anew.
+    mix: shares of text, picture and joint.
+    cache_states: keeps the VLM's states on disk, 2 · L · E bytes a token (`kept_states.py`).
     """
 
-    out: Path
     vlm: Path
     vae: Path
-    data: tuple[Path, ...]
     stage: int = 1
     preset: str | None = None
     init: Path | None = None
-    size: int = 512
-    tiles: tuple[int, ...] = (4, 9)
-    most_tokens: int = 300
+    conditioning: str | None = None
+    refiner: str | None = None
+    layers: str | tuple[int, ...] | None = None
     mix: dict[str, float] = field(default_factory=lambda: dict(STAGE1_MIX))
-    dropout: float = 0.1
-    most_damaged: float = 0.01
-    loop: LoopSpec = LOOP
-    accumulation: int = 1
-    fsdp: bool = False
-    checkpointing: bool = False
-    precision: str = "auto"
-    weights: str = "bfloat16"
-    save_every: int = 500
-    cache: Path | None = None
-    cache_latents: bool = True
+    cache_states: bool = False
     copy_vlm: bool = False
     name: str | None = None
-    device: str | None = None
-    workers: int = 4
-    quiet: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.preset is None) == (self.init is None):
             raise ValueError("give either a preset (--preset) or a model file to go on from (--init)")
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"--preset {self.preset!r}: expected one of {', '.join(PRESETS)}")
         if self.stage not in (1, 2):
             raise ValueError(f"--stage {self.stage}: expected 1 (text-to-image, reconstruction, joint) or 2 (edits)")
-        if set(self.mix) != set(STAGE1_MIX) or min(self.mix.values()) < 0 or not sum(self.mix.values()):
-            raise ValueError(f"mix {self.mix}: expected shares of {', '.join(STAGE1_MIX)}, not all zero")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout {self.dropout}: expected a share from 0 to below 1")
+        check_mix(self.mix)
 
-    def settings(self) -> dict:
-        """What decides the losses, JSON-able."""
-        loop = {name: getattr(self.loop, name) for name in KEPT}
-        names = ("stage", "preset", "size", "tiles", "most_tokens", "mix", "dropout", "accumulation", "precision")
-        paths = {"init": self.init and str(self.init), "data": [str(path) for path in self.data]}
-        return json.loads(json.dumps({**{name: getattr(self, name) for name in names}, **paths, **loop}))
+    def own_settings(self) -> dict:
+        own = {name: getattr(self, name) for name in ("stage", "preset", "conditioning", "refiner", "layers")}
+        own["init"] = self.init and str(self.init)
+        own["cache_states"] = self.cache_states or None  # which rounds them; older runs say nothing of it
+        return own
 
 
 def train(run: Run) -> Path:
@@ -106,11 +89,14 @@ def train(run: Run) -> Path:
     """
     accelerator = Accelerator(cpu=run.device == "cpu")
     main = accelerator.is_main_process
-    _check_settings(run)
+    run.check_resumed()
     device = accelerator.device if accelerator.device.type != "cpu" else torch.device("cpu")  # it says cpu:0 of several
-    compute = _precision(run.precision, device)
+    compute = run.dtype_of_products(device)
     spec = _spec(run)
     vlm = _load_vlm(run, spec, device, compute)
+    spec, anew = _conditioned(run, spec, vlm)
+    vlm = vlm.tapping(spec.layers)
+    check_vlm(spec, vlm.identity, vlm.layers)
     vae = _load_vae(run.vae, device)
     _check_vae(spec, vae, run.vae)
     cache = run.cache or run.out / "cache"
@@ -126,7 +112,7 @@ def train(run: Run) -> Path:
     feed = Feed(
         index,
         order,
-        Teacher(vlm, run.tiles, run.most_tokens),
+        _teacher(run, vlm, cache),
         LatentCache(vae, cache / "latents" if run.cache_latents else None),
         seed=run.loop.seed,
         mix=run.mix,
@@ -136,7 +122,7 @@ def train(run: Run) -> Path:
         report=run.out / "damaged.jsonl",
         workers=run.workers,
     )
-    trainee = build_trainee(spec, init=run.init, seed=run.loop.seed, compute=compute)
+    trainee, taken = _trainee(run, spec, anew, compute, empty=run.fsdp and not main)
     blocks = trainee.blocks
     if run.checkpointing:
         checkpoint_blocks(blocks)
@@ -145,10 +131,13 @@ def train(run: Run) -> Path:
             block.compile(dynamic=True)
     if main:
         save_json(run.out / SETTINGS, run.settings())
-        _report(index, feed.report)
+        report_damaged(index, feed.report)
         if not run.quiet:
             print(describe(index, order, trainee))
-            print(_ways(run, accelerator.num_processes, compute))
+            print(run.spread(accelerator.num_processes, compute))
+            print(describe_conditioning(spec))
+            if taken:
+                print(f"{taken.kept} tensors kept of {run.init}; new: {', '.join(taken.new)}")
     trained, average = fit_scaled(
         trainee,
         trainee.units,
@@ -176,43 +165,17 @@ def train(run: Run) -> Path:
     )
 
 
-def describe(index: Index, order: Order, trainee: nn.Module) -> str:
-    """One line on what is trained on what."""
-    edits = sum(sample.is_edit for sample in index.samples)
-    counts = ", ".join(f"{w}x{h}: {len(members)}" for (w, h), members in order.members.items())
-    size = sum(parameter.numel() for parameter in trainee.parameters())
-    return (
-        f"{size / 1e6:,.1f}M parameters; {len(index.samples)} samples, {edits} of them edits, {len(index.damaged)} "
-        f"damaged; {order.steps_per_epoch} steps an epoch; {counts}"
-    )
+def _trainee(
+    run: Run, spec: ModelSpec, anew: bool, compute: torch.dtype, *, empty: bool
+) -> tuple[Trainee, TakenOver | None]:
+    """What is trained, and what it took over of a file whose parts do not all fit (`anew`).
 
-
-def _ways(run: Run, processes: int, compute: torch.dtype) -> str:
-    """What is cut up, said because a launcher may start fewer processes than it was asked for."""
-    how = "FSDP2" if run.fsdp else "a replica in each"
-    alone = "one process" + ", in which --fsdp does nothing" * run.fsdp
-    spread = alone if processes == 1 else f"{processes} processes, {how}"
-    return f"{spread}; {str(compute).removeprefix('torch.')} products"
-
-
-def _report(index: Index, path: Path) -> None:
-    """Names what the list of samples left out; a resumed run has done so before."""
-    if index.damaged and not path.exists():
-        lines = (json.dumps({"sample": name, "reason": reason}) for name, reason in index.damaged.items())
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def _check_settings(run: Run) -> None:
-    path, settings = run.out / SETTINGS, run.settings()
-    if not path.is_file() or not (run.out / "state").is_dir():
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if changed := [name for name in settings if before.get(name) != settings[name]]:
-        name = changed[0]
-        raise ValueError(
-            f"{run.out} holds a run with {name} {before.get(name)!r}, not {settings[name]!r}; resume it with its "
-            f"own settings ({path}), or give another --out"
-        )
+    empty: under FSDP2 only the main process holds the whole weights, and sends the others their shares.
+    """
+    if empty:
+        return empty_trainee(spec, compute=compute), None
+    trainee = build_trainee(spec, init=None if anew else run.init, seed=run.loop.seed, compute=compute)
+    return trainee, take_over(trainee, run.init) if anew else None
 
 
 def _spec(run: Run) -> ModelSpec:
@@ -225,35 +188,70 @@ def _spec(run: Run) -> ModelSpec:
     return spec
 
 
-def _precision(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    if name not in ("bf16", "fp32"):
-        raise ValueError(f"--precision {name!r}: expected auto, bf16 or fp32")
-    return torch.bfloat16 if name == "bf16" else torch.float32
-
-
-def _load_vlm(run: Run, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> FrozenVLM:
-    vlm = load_vlm(run.vlm, layers=spec.layers, device=device, dtype=dtype)
-    if vlm.width != spec.lap.width:
+def _load_vlm(run: Run, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> FrozenVLM | T5TextEncoder:
+    vlm = load_vlm(run.vlm, device=device, dtype=dtype)
+    if vlm.width != spec.lap.width and not _is_t5(vlm) and not _from_t5(spec):
         raise ValueError(
             f"--vlm {run.vlm}: its states are {vlm.width} wide, but {spec.name!r} was made for {spec.lap.width}; give "
             "the VLM that the preset is for"
         )
-    check_vlm(spec, vlm.identity, vlm.layers)
+    if _is_t5(vlm):
+        _check_text_only(run)
     vlm.prefix_cache = None
     return vlm
 
 
+def _conditioned(run: Run, spec: ModelSpec, vlm: FrozenVLM | T5TextEncoder) -> tuple[ModelSpec, bool]:
+    """The spec as it is to be conditioned, and whether its file only lends what fits."""
+    asked = {"refiner": run.refiner, "layers": run.layers, "num_layers": vlm.num_layers}
+    named = run.conditioning or run.refiner or run.layers
+    if run.preset:
+        spec = for_width(spec, vlm.width)
+        return with_conditioning(spec, run.conditioning or "lap", **asked) if named else spec, False
+    if _from_t5(spec) and not _is_t5(vlm):
+        if run.conditioning is None:
+            raise ValueError(f"--init {run.init}: a T5 conditioned it; say what --vlm is to do, as --conditioning lap")
+        return with_conditioning(replace(for_width(spec, vlm.width), vlm=None), run.conditioning, **asked), True
+    way = conditioning_of(spec, vlm.num_layers)
+    if named and (way is None or with_conditioning(spec, run.conditioning or way, **asked) != spec):
+        raise ValueError(
+            f"--init {run.init} is conditioned by {describe_conditioning(spec)}; leave --conditioning, --refiner and "
+            "--layers out, or give a --preset to start from nothing"
+        )
+    return spec, False
+
+
+def _check_text_only(run: Run) -> None:
+    """What a T5 cannot do, said before it fails."""
+    if run.preset and run.conditioning != "last":
+        raise ValueError(f"--vlm {run.vlm} is a T5, which gives its last layer alone: add --conditioning last")
+    if run.stage != 1 or run.mix["picture"] or run.mix["joint"]:
+        raise ValueError(f"--vlm {run.vlm} is a T5, which reads text alone: give --stage 1 and --mix 1,0,0")
+
+
+def _is_t5(vlm: FrozenVLM | T5TextEncoder) -> bool:
+    return isinstance(vlm, T5TextEncoder)
+
+
+def _from_t5(spec: ModelSpec) -> bool:
+    return bool(spec.vlm) and spec.vlm.startswith(T5_MARK)
+
+
+def _teacher(run: Run, vlm: FrozenVLM | T5TextEncoder, cache: Path) -> Teacher | PromptTeacher | KeptStates:
+    if isinstance(vlm, T5TextEncoder):
+        teacher = PromptTeacher(vlm, run.most_tokens)
+    else:
+        teacher = Teacher(vlm, run.tiles, run.most_tokens)
+    return KeptStates(teacher, vlm, cache / "states") if run.cache_states else teacher
+
+
 def _load_vae(path: Path, device: torch.device) -> nn.Module:
-    """Ours, or Qwen-Image's from diffusers' folder."""
-    folder = Path(path)
-    qwen = folder.is_dir() and (folder / "config.json").is_file()
-    return load_qwen_vae(folder, device=device) if qwen else load_vae(_vae_file(folder), device=device)
+    """Ours, FLUX.2's or Qwen-Image's, in float32."""
+    return load_vae(_vae_file(Path(path)), device=device)
 
 
 def _vae_file(path: Path) -> Path:
-    return path / "vae.safetensors" if path.is_dir() and (path / "vae.safetensors").is_file() else path
+    return path / OURS if path.is_dir() and (path / OURS).is_file() else path
 
 
 def _check_vae(spec: ModelSpec, vae: nn.Module, path: Path) -> None:

@@ -1,6 +1,7 @@
-"""Frozen DiTs of diffusers as `adapter.Host`: latents, time, tokens and mask → velocity, in our conventions.
+"""Frozen DiTs of other projects as `adapter.Host`: latents, time, tokens and mask → velocity, in our conventions.
 
-Boogu-Image comes first in intent, but diffusers 0.42 has no class for it: any callable of the same signature serves.
+Z-Image and FLUX.2 Klein are diffusers' classes, Boogu-Image its own package's; any callable of the same signature
+serves as well.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ..conditioning.profiles import PROFILES
 from .adapter import Host
 
 
 def z_image(transformer: nn.Module) -> Host:
     """diffusers' ZImageTransformer2DModel. It takes ragged rows, counts time from noise, and returns -v."""
-    transformer.eval().requires_grad_(False)
 
     def velocity(latents: Tensor, t: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
         rows = list(tokens) if mask is None else [row[kept] for row, kept in zip(tokens, mask, strict=True)]
@@ -30,7 +32,6 @@ def klein(transformer: nn.Module) -> Host:
 
     It reads no mask: rows are filled up with zeros, where its own pipeline has the states of padding.
     """
-    transformer.eval().requires_grad_(False)
 
     def velocity(latents: Tensor, t: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
         height, width = latents.shape[2:]
@@ -50,18 +51,56 @@ def klein(transformer: nn.Module) -> Host:
     return velocity
 
 
-HOSTS: dict[str, Callable[[nn.Module], Host]] = {"z-image": z_image, "klein-4b": klein, "klein-9b": klein}
+def boogu(transformer: nn.Module) -> Host:
+    """Boogu-Image's own BooguImageTransformer2DModel. It counts its tokens by the mask and time from noise: -v."""
+    config, embedder = transformer.config, transformer.rope_embedder
+    rotary, places = embedder.get_freqs_cis(config.axes_dim_rope, config.axes_lens, embedder.theta), config.axes_lens
+
+    def velocity(latents: Tensor, t: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        if tokens.shape[1] >= min(places):
+            raise ValueError(
+                f"a condition of {tokens.shape[1]} tokens: Boogu-Image has places for {min(places) - 1}; show it fewer "
+                "--tiles of a picture"
+            )
+        return -transformer(latents, (1 - t).to(latents.dtype), tokens, rotary, mask, return_dict=False)
+
+    return velocity
+
+
+HOSTS: dict[str, Callable[[nn.Module], Host]] = {
+    "z-image": z_image,
+    "klein-4b": klein,
+    "klein-9b": klein,
+    "boogu": boogu,
+    "boogu-edit": boogu,
+}
 
 
 def host_of(profile: str, transformer: nn.Module) -> Host:
-    """The adapter's view of a diffusers transformer.
+    """The adapter's view of a transformer, which is frozen by it.
+
+    Like its pipeline it computes in its own dtype, whatever autocast it is called in, and gets as many tokens as
+    `condition_for` fills up to at inference.
 
     Raises:
         ValueError: no host of this profile is known.
     """
     if profile not in HOSTS:
         raise ValueError(f"no host is known for {profile!r}: expected {', '.join(HOSTS)}, or a callable of your own")
-    return HOSTS[profile](transformer)
+    velocity = HOSTS[profile](transformer.eval().requires_grad_(False))
+    dtype = next(transformer.parameters()).dtype
+
+    def host(latents: Tensor, t: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        missing = PROFILES[profile].pad_to - tokens.shape[1]
+        if missing > 0:
+            tokens = F.pad(tokens, (0, 0, 0, missing))
+            mask = None if mask is None else F.pad(mask, (0, missing))
+        with torch.autocast(latents.device.type, enabled=False):
+            return velocity(latents.to(dtype), t, tokens.to(dtype), mask).float()
+
+    return host
 
 
 def _places(rows: int, height: int, width: int, length: int, device: torch.device) -> Tensor:

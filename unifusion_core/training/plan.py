@@ -5,7 +5,7 @@ Every number is computed from the spec on the meta device; none is measured. The
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from math import ceil
@@ -86,9 +86,9 @@ def sample_flops(spec: ModelSpec, stage: Stage, *, checkpointing: bool = True) -
     latents = torch.empty(1, spec.dit.in_channels, size, size, **meta)
     trained = sum(
         (
-            _flops(partial(parts["dit"], latents, torch.zeros(1, **meta), tokens)),
-            _flops(partial(parts["lap"], states)),
-            _flops(partial(parts["refiner"], tokens)),
+            count_flops(partial(parts["dit"], latents, torch.zeros(1, **meta), tokens)),
+            count_flops(partial(parts["lap"], states)),
+            count_flops(partial(parts["refiner"], tokens)),
         )
     )
     frozen = 2 * VLM_PARAMETERS.get(spec.name, 0.0) * stage.tokens
@@ -121,34 +121,83 @@ def plan(spec: ModelSpec, gpus: Sequence[int] = (1, 8, 64), stages: Sequence[Sta
     Raises:
         ValueError: a number of GPUs below 1.
     """
+    return report_of(
+        spec.name,
+        parameters(spec),
+        {"VLM": VLM_PARAMETERS[spec.name]} if spec.name in VLM_PARAMETERS else {},
+        gpus,
+        stages,
+        partial(memory, spec),
+        partial(sample_flops, spec),
+        spec.dit.in_channels * 64 * 64,
+    )
+
+
+def report_of(
+    name: str,
+    trained: Mapping[str, float],
+    frozen: Mapping[str, float],
+    gpus: Sequence[int],
+    stages: Sequence[Stage],
+    memory: Callable[[Stage, int, int], dict[str, float]],
+    flops: Callable[[Stage], float],
+    latents: int,
+) -> dict:
+    """The plan of any training.
+
+    Args:
+        trained, frozen: parameters by part. memory: (stage, gpus, samples on each) → bytes on each, by what they hold.
+        flops: of one sample of a stage. latents: numbers that one picture of 512 px takes.
+    """
     if bad := [count for count in gpus if count < 1]:
         raise ValueError(f"{bad[0]} GPUs: expected at least 1")
-    counts = parameters(spec)
-    rows = [asdict(_cost(spec, stage, count)) for stage in stages for count in gpus]
+    weights = sum(trained.values())
+    costs = [_cost(stage, count, memory, flops(stage)) for stage in stages for count in gpus]
     return {
-        "preset": spec.name,
-        "parameters": {**counts, "trained": sum(counts.values()), "vlm": VLM_PARAMETERS.get(spec.name)},
-        "costs": rows,
+        "preset": name,
+        "parameters": {**trained, "trained": weights},
+        "frozen": dict(frozen),
+        "costs": [asdict(cost) for cost in costs],
         "memory": {
-            f"{stage.name}, {count} GPUs": memory(spec, stage, count, _share(spec, stage, count))
+            f"{stage.name}, {count} GPUs": memory(stage, count, _share(stage, count, memory))
             for stage in stages
             for count in gpus
         },
         "disk_bytes": {
-            "a million cached latents at 512 px": 1e6 * spec.dit.in_channels * 64 * 64 * COMPUTE_BYTES,
-            "one state to resume from": sum(counts.values()) * (MASTER_BYTES + EMA_BYTES),
-            "one model file": sum(counts.values()) * COMPUTE_BYTES,
+            "a million cached latents at 512 px": 1e6 * latents * COMPUTE_BYTES,
+            "one state to resume from": weights * (MASTER_BYTES + EMA_BYTES),
+            "one model file": weights * COMPUTE_BYTES,
         },
         "assumes": {"peak_flops": PEAK_FLOPS, "utilisation": UTILISATION, "text_tokens": TEXT_TOKENS},
     }
 
 
+def title(report: dict) -> str:
+    """One line on what is trained and what stands by."""
+    parts = {name: count for name, count in report["parameters"].items() if name != "trained"}
+    frozen = "".join(f"; frozen: {name} {count / 1e9:.2f}B" for name, count in report["frozen"].items())
+    labels = {"dit": "DiT", "lap": "LAP"}
+    counted = ", ".join(f"{labels.get(name, name)} {count / 1e9:.2f}B" for name, count in parts.items())
+    return f"{report['preset']}: {report['parameters']['trained'] / 1e9:.2f}B trained ({counted}){frozen}"
+
+
+def markdown(report: dict) -> str:
+    """The plan as a table for a page."""
+    lines = [f"{title(report)}.", "", "| stage | GPUs | batch of each × accumulation | ZFLOP | days | GB on each |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for row in report["costs"]:
+        size = f"{row['memory_bytes'] / 1e9:.0f}" + " (over 80)" * (not row["fits_80_gb"])
+        batch = f"{row['per_gpu_batch']} × {row['accumulation']}"
+        numbers = f"{row['flops'] / 1e21:.2f} | {row['days']:.1f} | {size}"
+        lines.append(f"| {row['stage']} | {row['gpus']} | {batch} | {numbers} |")
+    disk = ", ".join(f"{what} {size / 1e9:,.0f} GB" for what, size in report["disk_bytes"].items())
+    return "\n".join([*lines, "", f"On disk: {disk}."])
+
+
 def table(report: dict) -> str:
     """The plan as lines for people."""
-    counts = report["parameters"]
     lines = [
-        f"{report['preset']}: {counts['trained'] / 1e9:.2f}B trained (DiT {counts['dit'] / 1e9:.2f}B, LAP "
-        f"{counts['lap'] / 1e9:.2f}B, refiner {counts['refiner'] / 1e9:.2f}B), computed, not measured",
+        f"{title(report)}; computed, not measured",
         f"{'stage':46}{'GPUs':>5}{'batch':>7}{'accum.':>7}{'ZFLOP':>9}{'days':>9}{'GB each':>9}",
     ]
     for row in report["costs"]:
@@ -161,10 +210,10 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
-def _cost(spec: ModelSpec, stage: Stage, gpus: int) -> Cost:
-    share = _share(spec, stage, gpus)
-    flops = sample_flops(spec, stage) * stage.batch * stage.steps
-    needed = sum(memory(spec, stage, gpus, share).values())
+def _cost(stage: Stage, gpus: int, memory: Callable, sample_flops: float) -> Cost:
+    share = _share(stage, gpus, memory)
+    flops = sample_flops * stage.batch * stage.steps
+    needed = sum(memory(stage, gpus, share).values())
     return Cost(
         stage=stage.name,
         gpus=gpus,
@@ -177,10 +226,10 @@ def _cost(spec: ModelSpec, stage: Stage, gpus: int) -> Cost:
     )
 
 
-def _share(spec: ModelSpec, stage: Stage, gpus: int) -> int:
+def _share(stage: Stage, gpus: int, memory: Callable) -> int:
     """The largest power of two of samples that fits 80 GB beside the rest, at least one, at most an even share."""
     most, share = max(1, stage.batch // gpus), 1
-    while share * 2 <= most and sum(memory(spec, stage, gpus, share * 2).values()) <= 80e9:
+    while share * 2 <= most and sum(memory(stage, gpus, share * 2).values()) <= 80e9:
         share *= 2
     return share
 
@@ -192,7 +241,8 @@ def _parts(spec: ModelSpec) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def _flops(run) -> int:
+def count_flops(run: Callable) -> int:
+    """Of one call on the meta device."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()

@@ -17,7 +17,8 @@ from accelerate import PartialState
 
 from ..conditioning.vlm import load_vlm
 from ..diffusion.vae import preview_colors
-from ..pipeline import load_generator, load_vae, save_generator, save_vae
+from ..pipeline import load_generator, save_generator
+from ..vaes import load_vae, save_vae
 from . import micro_dit, micro_t5, micro_vae, micro_vlm
 from .loop import LoopSpec
 

@@ -14,8 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm.auto import tqdm
@@ -105,16 +107,34 @@ def shard(model: nn.Module, units: list[nn.Module], accelerator: Accelerator, co
     """FSDP2: every unit, then what is left, cut over all processes; gathered in `compute`, reduced in float32.
 
     Departs: torch's own `fully_shard` and not accelerate's plugin, which on CPUs falls back to whole replicas without
-    a word (accelerate 1.15), and which would round the path's time and noise to bfloat16 at the root. Each unit moves
-    to the device as it is cut, so that no device ever holds the whole model.
+    a word (accelerate 1.15), and which would round the path's time and noise to bfloat16 at the root.
+
+    The main process brings the values, in its own memory; of the others' models only the shapes count, which may lie
+    on the meta device. They are sent tensor by tensor, so that no device ever holds the whole model.
     """
+    whole = model.state_dict() if accelerator.is_main_process else {}
+    unsaved = _unsaved_buffers(model)
+    model.to("meta")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     policy = MixedPrecisionPolicy(
         param_dtype=None if compute == torch.float32 else compute, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=accelerator.device)
+    set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    for name, buffer in _unsaved_buffers(model).items():
+        if accelerator.is_main_process:
+            buffer.copy_(unsaved[name])
+        dist.broadcast(buffer, src=0)
+    return model
+
+
+def _unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Those that no state dict holds."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
 
 
 class _Unsynced:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,14 @@ from ..presets import ModelSpec
 from .feed import MicroBatch
 
 
+@dataclass(frozen=True)
+class TakenOver:
+    """kept: tensors that came from the file; new: parts that start anew, such as "lap" and "dit.txt_in"."""
+
+    kept: int
+    new: tuple[str, ...]
+
+
 class Trainee(nn.Module):
     """The names of its parts, `lap`, `refiner` and `dit`, are those of a model file.
 
@@ -30,7 +39,7 @@ class Trainee(nn.Module):
         super().__init__()
         self.spec, self.compute = spec, compute
         self.lap = build_pooling(spec.lap)
-        self.refiner = Refiner(spec.refiner)
+        self.refiner = Refiner(spec.refiner).requires_grad_(spec.refiner_place != "none")  # unused, it gets no gradient
         self.dit = DiT(spec.dit)
 
     def init_weights(self) -> None:
@@ -62,16 +71,42 @@ class Trainee(nn.Module):
 
 
 def build_trainee(spec: ModelSpec, *, init: Path | None, seed: int, compute: torch.dtype) -> Trainee:
-    """Fresh weights from the seed, or those of a model file."""
+    """Fresh weights from the seed, or those of a model file of the same spec."""
     torch.manual_seed(seed)
-    trainee = Trainee(spec, compute)
     if init is None:
+        trainee = Trainee(spec, compute)
         trainee.init_weights()
         return trainee
+    trainee = empty_trainee(spec, compute=compute)
     _, parts = load_generator(init)
     for name, part in zip(("lap", "refiner", "dit"), parts, strict=True):
-        getattr(trainee, name).load_state_dict(part.state_dict())
+        getattr(trainee, name).load_state_dict(part.state_dict(), assign=True)  # a copy would double the memory
     return trainee
+
+
+def empty_trainee(spec: ModelSpec, *, compute: torch.dtype) -> Trainee:
+    """Shapes without memory (the meta device), for weights that another process has (`scaled.shard`)."""
+    with torch.device("meta"):
+        return Trainee(spec, compute)
+
+
+def take_over(generator: nn.Module, path: Path) -> TakenOver:
+    """Weights of a model file in the parts that both have; a part with anything of another shape stays as it is."""
+    theirs = {
+        f"{name}.{key}": value
+        for name, part in zip(("lap", "refiner", "dit"), load_generator(path)[1], strict=True)
+        for key, value in part.state_dict().items()
+    }
+    mine = generator.state_dict()
+    new = {_part(key) for key, value in mine.items() if key not in theirs or theirs[key].shape != value.shape}
+    kept = {key: theirs[key] for key in mine if _part(key) not in new}
+    generator.load_state_dict({**mine, **kept})
+    return TakenOver(len(kept), tuple(dict.fromkeys(_part(key) for key in mine if _part(key) in new)))
+
+
+def _part(name: str) -> str:
+    """Of what a tensor is part: lap, refiner, or a part of the DiT as dit.txt_in."""
+    return ".".join(name.split(".")[: 2 if name.startswith("dit.") else 1])
 
 
 def checkpoint_blocks(blocks: list[nn.Module]) -> None:

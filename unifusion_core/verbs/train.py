@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from .common import Report, check_device
@@ -20,14 +20,20 @@ RECIPES = {
 }
 
 
-LARGE = {"generator": "LAP, refiner and DiT of a preset, or of a model file, on your own pictures"}
+LARGE = {
+    "generator": "LAP, refiner and DiT of a preset, or of a model file, on your own pictures",
+    "adapter": "LAP before the frozen DiT of Z-Image, FLUX.2 Klein or Boogu-Image, on your own pictures",
+}
 
 
-OWN_DATA = {  # of `train generator`: the option → its field of `training.generator.Run`, or of the loop
+OWN_DATA = {  # of those: the option → its field of `training.generator.Run`, `training.adapting.Run`, or of the loop
     "run": {
-        "preset": "preset", "init": "init", "stage": "stage", "accumulation": "accumulation", "side": "size",
+        "profile": "profile", "host": "host",
+        "preset": "preset", "init": "init", "conditioning": "conditioning", "refiner": "refiner", "layers": "layers",
+        "stage": "stage", "accumulation": "accumulation", "side": "size",
         "tiles": "tiles", "dropout": "dropout", "most_damaged": "most_damaged", "fsdp": "fsdp",
         "checkpointing": "checkpointing", "precision": "precision", "save_every": "save_every", "cache": "cache",
+        "cache_states": "cache_states",
         "weights": "weights", "copy_vlm": "copy_vlm", "workers": "workers",
     },
     "loop": {"steps": "steps", "batch": "batch_size", "rate": "rate", "warmup": "warmup"},
@@ -48,9 +54,9 @@ def train(args: argparse.Namespace) -> Report:
     given = [name for names in OWN_DATA.values() for name in names if getattr(args, name) is not None]
     given += [name for name in ("vlm", "vae", "data", "mix", "ema") if getattr(args, name) is not None]
     if args.recipe in LARGE:
-        return _train_generator(args)
+        return _train_large(args)
     if odd := [name for name in given if name != "steps"]:
-        raise ValueError(f"--{odd[0].replace('_', '-').replace('side', 'size')} belongs to `train generator` only")
+        raise ValueError(f"{_option(odd[0])} does not belong to `train {args.recipe}`, but to {' or '.join(LARGE)}")
     from ..training import recipes
 
     start = time.perf_counter()
@@ -61,43 +67,55 @@ def train(args: argparse.Namespace) -> Report:
     return {"recipe": args.recipe, "written": str(written), "seed": args.seed, "steps": args.steps, "seconds": seconds}
 
 
-def _train_generator(args: argparse.Namespace) -> Report:
-    if missing := [name for name in ("vlm", "vae", "data") if not getattr(args, name)]:
-        raise ValueError(f"train generator needs --{' and --'.join(missing)}")
-    from ..training import generator
+def _train_large(args: argparse.Namespace) -> Report:
+    needed = {"generator": ("vlm", "vae", "data"), "adapter": ("profile", "host", "data")}[args.recipe]
+    if missing := [name for name in needed if not getattr(args, name)]:
+        raise ValueError(f"train {args.recipe} needs --{' and --'.join(missing)}")
+    from ..training import adapting, generator
 
+    training = {"generator": generator, "adapter": adapting}[args.recipe]
     start = time.perf_counter()
-    fields = {
-        kind: {field: value for name, field in names.items() if (value := getattr(args, name)) is not None}
+    known = {field.name for field in fields(training.Run)}
+    given = {
+        kind: {name: value for name in names if (value := getattr(args, name)) is not None}
         for kind, names in OWN_DATA.items()
     }
+    if odd := [name for name in given["run"] if OWN_DATA["run"][name] not in known]:
+        raise ValueError(f"{_option(odd[0])} does not belong to `train {args.recipe}`")
+    run, loop = ({OWN_DATA[kind][name]: value for name, value in given[kind].items()} for kind in ("run", "loop"))
     if args.ema is not None:
-        fields["loop"]["ema_decay"] = args.ema or None
+        loop["ema_decay"] = args.ema or None
     if args.mix is not None:
-        fields["run"]["mix"] = dict(zip(generator.STAGE1_MIX, args.mix, strict=True))
-    loop = replace(generator.LOOP, seed=args.seed, compile=args.compile, **fields["loop"])
-    run = generator.Run(
+        run["mix"] = dict(zip(generator.STAGE1_MIX, args.mix, strict=True))
+    run = training.Run(
         out=args.out,
         vlm=args.vlm,
         vae=args.vae,
         data=tuple(args.data),
-        loop=loop,
+        loop=replace(training.LOOP, seed=args.seed, compile=args.compile, **loop),
         device=args.device,
         quiet=args.quiet,
-        **fields["run"],
+        **run,
     )
-    written = generator.train(run)
+    written = training.train(run)
     seconds = time.perf_counter() - start
-    print(f"{written}  stage {run.stage}, {loop.steps} steps, {seconds:.0f} s")
+    what = f"before {run.profile}" if args.recipe == "adapter" else f"stage {run.stage}"
+    print(f"{written}  {what}, {run.loop.steps} steps, {seconds:.0f} s")
     return {"recipe": args.recipe, "written": str(written), "settings": run.settings(), "seconds": seconds}
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-').replace('side', 'size')}"
 
 
 def _plan(args: argparse.Namespace) -> Report:
     from ..presets import PRESETS
     from ..training import plan
+    from ..training.plan_adapter import HOSTS, plan_adapter
 
-    if args.plan not in PRESETS:
-        raise ValueError(f"--plan {args.plan!r}: expected one of {', '.join(PRESETS)}")
-    report = plan.plan(PRESETS[args.plan](), args.gpus)
+    if args.plan not in (*PRESETS, *HOSTS):
+        known = f"{', '.join(PRESETS)}, or for an adapter {', '.join(HOSTS)}"
+        raise ValueError(f"--plan {args.plan!r}: expected one of {known}")
+    report = plan.plan(PRESETS[args.plan](), args.gpus) if args.plan in PRESETS else plan_adapter(args.plan, args.gpus)
     print(plan.table(report))
     return report

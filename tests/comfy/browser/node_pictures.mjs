@@ -2,7 +2,7 @@
 //
 //   node node_pictures.mjs http://127.0.0.1:8188 OUTPUT_FOLDER [NodeId …]
 //
-// The server wants a LoRA in models/loras, so that the picture of UniFusionLoadLoRA shows a name.
+// The server wants a LoRA in models/loras and a LAP adapter in models/unifusion, so that their loaders show a name.
 
 import { mkdirSync } from "node:fs";
 import { join } from "node:path";
@@ -22,6 +22,7 @@ const STAGES = {
   UniFusionLoadModel: alone,
   UniFusionFusionFromModel: (page, id) => alone(page, id, {}, 350),
   UniFusionLoadLoRA: alone,
+  UniFusionLoadAdapter: alone,
   UniFusionRewrite: rewriting,
   UniFusionLAPEncode: alone,
   UniFusionRefine: alone,

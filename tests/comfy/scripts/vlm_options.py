@@ -8,7 +8,7 @@ def main(pack, weights: str) -> dict:
 
     single = Path(folder_paths.models_dir) / "text_encoders" / "qwen3vl_tiny.safetensors"
     single.parent.mkdir(parents=True, exist_ok=True)
-    _save_qwen(single)
+    save_qwen(single)
     # a schema is built when the server starts; the list is asked anew
     files = pack.module("nodes.files")
     (vlm,) = pack.run("UniFusionLoadVLM", vlm="text_encoders/qwen3vl_tiny.safetensors")
@@ -49,7 +49,7 @@ def _rewrite(pack, vlm, sampling):
     )
 
 
-def _save_qwen(path: Path) -> None:
+def save_qwen(path: Path, layers: int = 4) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -58,7 +58,7 @@ def _save_qwen(path: Path) -> None:
         "vocab_size": 151936,
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 16,

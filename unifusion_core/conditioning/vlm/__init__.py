@@ -14,9 +14,10 @@ from .internvl import InternVL
 from .llama import GemmaText, Llama, QwenText
 from .loading import load, read_settings
 from .qwen_vl import Qwen3VL, Qwen25VL
+from .t5 import T5TextEncoder, is_t5, load_t5
 from .tiling import load_image
 
-__all__ = ["FrozenVLM", "InternVL", "Prompts", "Request", "every_third", "load_image", "load_vlm"]
+__all__ = ["FrozenVLM", "InternVL", "Prompts", "Request", "T5TextEncoder", "every_third", "load_image", "load_vlm"]
 
 FAMILIES: dict[str, type[FrozenVLM]] = {
     "internvl": InternVL,
@@ -39,10 +40,11 @@ def load_vlm(
     tokenizer: str | Path | None = None,
     quantization: str | None = None,
     offload: str | Mapping[str | int, str | int] | None = None,
-) -> FrozenVLM:
+) -> FrozenVLM | T5TextEncoder:
     """Loads a VLM from files on this machine; nothing is downloaded, no code of a folder is run.
 
     Weights stay memory-mapped in the file's dtype until they are used. All must be there and none may be left over.
+    A T5 comes as what stands in a VLM's place for a model that was trained on it; it reads prompts and writes nothing.
 
     Args:
         path: a transformers folder, or one .safetensors text encoder as ComfyUI keeps it (models/text_encoders).
@@ -58,6 +60,11 @@ def load_vlm(
             missing, damaged, incomplete, left over, stored as pickle, GGUF or fp8 without scale, no tokenizer or one of
             another model, code needed, a package not installed.
     """
+    if is_t5(path):
+        if extra := next((value for value in (quantization, offload) if value), None):
+            raise ValueError(f"{path}: a T5 is loaded whole, not by {extra!r}; leave quantization and offload out")
+        encoder = load_t5(path, device, dtype, tokenizer=tokenizer)
+        return encoder if layers is None else encoder.tapping(layers)
     loaded = load(path, device, dtype, tokenizer=tokenizer, quantization=quantization, offload=offload)
     family = FAMILIES.get(loaded.model.config.model_type, GeneralVLM)
     settings = read_settings(loaded.folder, "verifi.json")
