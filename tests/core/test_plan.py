@@ -1,12 +1,17 @@
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from unifusion_core.presets import PRESETS, micro
 from unifusion_core.training import plan
+from unifusion_core.training import plan_adapter as adapters
 from unifusion_core.training.plan import Stage, memory, parameters, sample_flops
 
+ROOT = Path(__file__).parents[2]
 STAGE = Stage(name="toy", steps=10, batch=64, size=64, tiles=1)
 
 
@@ -53,3 +58,20 @@ def test_the_plan_counts_every_sample_once():
 def test_no_gpus_are_refused():
     with pytest.raises(ValueError, match="at least 1"):
         plan.plan(micro(), (0,), (STAGE,))
+
+
+@pytest.mark.parametrize("name", adapters.HOSTS)
+def test_an_adapter_trains_lap_alone(name):
+    report = adapters.plan_adapter(name, (1, 8), (STAGE,))
+    one, eight = (report["memory"][f"toy, {gpus} GPUs"] for gpus in (1, 8))
+    assert one["weights, gradients, optimizer"] == 16 * report["parameters"]["LAP"] == 16 * adapters.trained(name)
+    assert eight["frozen DiT"] == one["frozen DiT"] == 2 * report["frozen"]["DiT"]
+    host, length = adapters.HOSTS[name], STAGE.tokens + 16
+    frozen = 6 * host.parameters * length + 2 * host.vlm_parameters * STAGE.tokens
+    dense = 4 * 2 * adapters.trained(name) * adapters.num_layers(name) * STAGE.tokens
+    assert 0.8 < (adapters.sample_flops(name, STAGE) - frozen) / dense < 1.3
+
+
+def test_the_page_on_training_says_what_the_plan_says():
+    run = [sys.executable, "-m", "tests.core.make_training_page", "--check"]
+    assert subprocess.run(run, cwd=ROOT).returncode == 0, "run python -m tests.core.make_training_page"
