@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from ..unifusion_core.checkpoint import load_tensors, read_table
 from ..unifusion_core.conditioning.hidden_states import HiddenStates
-from ..unifusion_core.conditioning.vlm.base import FrozenVLM, Prompts, Taps
+from ..unifusion_core.conditioning.vlm.base import FrozenVLM, Taps
 from ..unifusion_core.conditioning.vlm.gemma3 import Gemma3
 from ..unifusion_core.conditioning.vlm.llama import GemmaText, QwenText
 from ..unifusion_core.conditioning.vlm.qwen_vl import Qwen3VL, Qwen25VL
+from ..unifusion_core.conditioning.vlm.request import Prompts
 from .gemma_tokens import CONTROL, GemmaTokens
 from .memory import ManagedVLM
 

@@ -202,7 +202,7 @@ class Rewrite(io.ComfyNode):
             template=chosen.template_for(prompt, len(pictures)) if plain and chosen else None,
             image_label=chosen.image_label if plain and chosen else "",
         )
-        ready = reading(vlm, chosen, fusion)
+        ready = reading(vlm, chosen, fusion, ", or leave fusion out")
         most = max_new_tokens + (think_tokens if think == "limit" else 0)
         progress = _Progress(most, ready.count_tokens(request))
         record = None
@@ -366,30 +366,32 @@ def refined_part(fusion, entry: list, kinds: tuple[str, ...] | None) -> list:
 _PARTS = WeakTensorKeyDictionary()
 
 
-def reading(vlm, profile, fusion):
-    """The VLM on its device, with the taps that a profile or a model asks for beside those of an adapter."""
-    if fusion is None:
-        return vlm.ready() if profile is None else tapping(vlm.ready(), profile, vlm.adapter_layers)
-    spec = fusion.spec
-    if spec.vlm not in (None, vlm.vlm.identity):
+def reading(vlm, profile, fusion, otherwise=""):
+    """The VLM on its device, with the taps that a profile or a model asks for beside those of an adapter.
+
+    otherwise: what else helps against a fusion that belongs to another VLM.
+    """
+    spec = fusion and fusion.spec
+    if spec and spec.vlm not in (None, vlm.vlm.identity):
         raise ValueError(
             f"fusion is of {spec.name!r}, which was trained on the VLM {spec.vlm}, but vlm is {vlm.vlm.identity}; load "
-            "the VLM that belongs to the model, or leave fusion out"
+            f"the VLM that belongs to the model{otherwise}"
         )
-    layers = {*spec.layers, *(profile.layers if profile else ()), *vlm.adapter_layers}
     if profile:
-        tapping(vlm.vlm, profile)
-    return vlm.ready().tapping(sorted(layers))
+        check_profile(vlm.vlm, profile)
+    if not (spec or profile):
+        return vlm.ready()
+    asked = [each.layers for each in (spec, profile) if each]
+    return vlm.ready().tapping(sorted({*vlm.adapter_layers}.union(*asked)))
 
 
-def tapping(vlm, profile, adapter_layers=()):
-    """The VLM with the taps of a profile, and of an adapter, if it is large enough to be that profile's."""
+def check_profile(vlm, profile) -> None:
+    """Raises ValueError unless the VLM is large enough to be that of a profile."""
     if vlm.width != profile.width or vlm.num_layers < profile.layers[-1]:
         raise ValueError(
             f"profile {profile.name}: {profile.title} is conditioned on {profile.encoder}, but this VLM is "
             f"{vlm.identity}; load {profile.encoder}, or set profile to {NO_PROFILE}"
         )
-    return vlm.tapping(sorted({*profile.layers, *adapter_layers}))
 
 
 def to_pil(batch: torch.Tensor) -> list[Image.Image]:

@@ -6,7 +6,8 @@ import logging
 
 from comfy_api.latest import io, ui
 
-from ..unifusion_core.conditioning.profiles import MODES, PROFILES, check, condition_for, doubts, kinds_of
+from ..unifusion_core.conditioning.hidden_states import KEEP
+from ..unifusion_core.conditioning.profiles import PROFILES, check, condition_for, doubts, kinds_of
 from . import sockets
 from .limits import within_limits
 
@@ -34,7 +35,7 @@ class EncodeForModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "tokens",
-                    options=[OWN, *MODES],
+                    options=[OWN, *KEEP],
                     default=OWN,
                     tooltip="Which tokens condition the model. Profile's own: those of a plain prompt, as in its "
                     "training. Rewrite: VERIFI. Image + rewrite: the paper's. Image: the first track of a "

@@ -26,6 +26,7 @@ KREA2_VAES = ("qwen_image_vae", "wan_2.1_vae")  # its own; and one that reads th
 INDEX = ".safetensors.index.json"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")  # one of several; their index stands for them
 MODEL_FOLDERS = ("unifusion", "diffusion_models", "checkpoints")
+OF_TRAINING = frozenset({"cache", "latents", "state", "states"})  # folders of a training's OUT, which hold no models
 VLM_FOLDERS = ("vlm", "text_encoders")
 
 # Appended, so that folders of the user's extra_model_paths.yaml stay.
@@ -92,10 +93,7 @@ def krea2_vae() -> Path | None:
 
 def tensor_names(path: Path) -> frozenset[str]:
     """Names in the header of a safetensors file, or in an index of several; none of anything else."""
-    if path.name.endswith(INDEX):
-        names = _json(path.read_bytes()).get("weight_map")
-        return frozenset(names) if isinstance(names, dict) else frozenset()
-    return frozenset(_header(path))
+    return frozenset(_contents(path))
 
 
 def stamp(path: Path) -> str:
@@ -113,18 +111,22 @@ def _listed(name: str, paths: dict[str, Path], cure: str) -> Path:
 def _model_files() -> dict[str, Path]:
     found = {}
     for folder in MODEL_FOLDERS:
-        for name in folder_paths.get_filename_list(folder):
-            path = folder_paths.get_full_path(folder, name)
-            if path and not SHARD.search(name) and _is_model(path, os.path.getmtime(path)):
-                found.setdefault(f"{folder}/{name}".replace(os.sep, "/"), Path(path))
+        for name, path in _of_kind("model", folder).items():
+            found.setdefault(f"{folder}/{name}", path)
     return found
 
 
 def _adapter_files() -> dict[str, Path]:
+    return _of_kind("adapter", "unifusion")
+
+
+def _of_kind(kind: str, folder: str) -> dict[str, Path]:
     found = {}
-    for name in folder_paths.get_filename_list("unifusion"):
-        path = folder_paths.get_full_path("unifusion", name)
-        if path and not SHARD.search(name) and _is_adapter(path, os.path.getmtime(path)):
+    for name in folder_paths.get_filename_list(folder):
+        if SHARD.search(name) or (folder == "unifusion" and not OF_TRAINING.isdisjoint(Path(name).parts)):
+            continue
+        path = folder_paths.get_full_path(folder, name)
+        if path and _kind(path, os.path.getmtime(path)) == kind:
             found[name.replace(os.sep, "/")] = Path(path)
     return found
 
@@ -156,23 +158,29 @@ def _is_qwen_vl(path: str, modified: float) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _is_model(path: str, modified: float) -> bool:
-    """Whether a file is a model for our nodes: ours, its index of shards, what core's ModelSave wrote, or Krea 2."""
-    names = tensor_names(Path(path))
-    return not MARKS.isdisjoint(names) or (path.endswith(".safetensors") and not KREA2_MARKS.isdisjoint(names))
+def _kind(path: str, modified: float) -> str | None:
+    """What a file is for our nodes, by one reading of its header.
 
-
-@lru_cache(maxsize=4096)
-def _is_adapter(path: str, modified: float) -> bool:
-    """Whether the header of a file, or of the first shard of an index, is that of a LAP adapter."""
+    A "model" is ours, its index of shards, what core's ModelSave wrote, or Krea 2; an "adapter" is told by its
+    metadata, or by that of the first shard of its index.
+    """
     file = Path(path)
+    contents = _contents(file)
+    if not MARKS.isdisjoint(contents) or (file.suffix == ".safetensors" and not KREA2_MARKS.isdisjoint(contents)):
+        return "model"
     if file.name.endswith(INDEX):
-        shards = _json(file.read_bytes()).get("weight_map")
-        first = next(iter(shards.values()), None) if isinstance(shards, dict) else None
-        file = file.with_name(Path(str(first)).name)
-    metadata = _header(file).get("__metadata__")
+        contents = _header(file.parent / Path(str(next(iter(contents.values()), None))).name)
+    metadata = contents.get("__metadata__")
     spec = metadata.get(SPEC_KEY) if isinstance(metadata, dict) else None
-    return isinstance(spec, str) and _json(spec).get("kind") == KIND
+    return "adapter" if isinstance(spec, str) and _json(spec).get("kind") == KIND else None
+
+
+def _contents(path: Path) -> dict:
+    """The header of a safetensors file, or what an index of several says of each tensor; nothing of anything else."""
+    if path.name.endswith(INDEX):
+        shards = _json(path.read_bytes()).get("weight_map")
+        return shards if isinstance(shards, dict) else {}
+    return _header(path)
 
 
 def _header(path: Path) -> dict:

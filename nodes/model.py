@@ -206,6 +206,16 @@ class ComfyVAE(comfy.sd.VAE):
         )
         self.model_size()
 
+    def vae_encode_crop_pixels(self, pixels: Tensor) -> Tensor:
+        """Crops about the centre, as core does, to whole patches of the VAE: [B, H, W, C]."""
+        height, width = pixels.shape[1:3]
+        multiple = self.first_stage_model.vae.spec.multiple
+        if min(height, width) < multiple:
+            raise ValueError(f"a picture of {width} x {height} px: this VAE takes sides of {multiple} px or more")
+        pixels = pixels.narrow(1, height % multiple // 2, height - height % multiple)
+        pixels = pixels.narrow(2, width % multiple // 2, width - width % multiple)
+        return super().vae_encode_crop_pixels(pixels)
+
     def _bytes(self, pixels: int, dtype: torch.dtype) -> int:
         return max(1, pixels * self.first_stage_model.vae.spec.decoder_values * management.dtype_size(dtype))
 
@@ -221,4 +231,8 @@ class _Images(nn.Module):
         return self.vae.encode(images)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents)
+        """Latents that are no whole patches are filled up by their last row and column, and the picture is cut."""
+        spec, (height, width) = self.vae.spec, latents.shape[-2:]
+        patch = (spec.multiple // spec.compression,) * 2
+        images = self.vae.decode(pad_to_patch_size(latents, patch, padding_mode="replicate"))
+        return images[..., : height * spec.compression, : width * spec.compression]

@@ -19,6 +19,16 @@ def test_lists_models_by_what_is_in_them(facts):
     assert sorted(rest) == ["unifusion/big.safetensors.index.json", "unifusion/mine/base.safetensors"]
 
 
+def test_an_adapter_is_known_by_its_header(facts):
+    assert facts["adapters"] == ["mine/lap.safetensors"]
+
+
+def test_each_header_is_read_once_and_none_of_what_a_training_keeps(facts):
+    mine = {f"unifusion/mine/{name}.safetensors" for name in ("base", "vae", "lap")}
+    assert mine <= set(facts["opened"]) and len(facts["opened"]) == len(set(facts["opened"]))
+    assert not [name for name in facts["opened"] if "/cache/" in name or "/state/" in name]
+
+
 def test_lists_vlm_folders(facts):
     assert facts["vlms"] == ["micro (embedded)", "vlm/qwen", "unifusion/mine/vlm"]
 

@@ -65,6 +65,7 @@ def test_a_t5_conditions_through_the_same_nodes(facts):
         ("layers that were not tapped", "hidden lacks layer 10 of the VLM (it holds 2, 5, 8, 11): connect fusion"),
         ("another model's width", "it is for another model; this one takes layers 2, 5, 8, 11, as keys and values"),
         ("another VLM's fusion", "trained on the VLM another-vlm, but vlm is internvl-"),
+        ("another VLM's fusion", "load the VLM that belongs to the model, or leave fusion out"),
         ("one layer, weights", "'layer weights' is of LAP, but this model reads layer 10 alone"),
         ("one layer, similarity", "only one layer is tapped"),
         ("keys, norms", "this model reads layers 2, 5, 8, 11, as keys and values of every block, no refiner"),
@@ -74,6 +75,10 @@ def test_a_t5_conditions_through_the_same_nodes(facts):
 )
 def test_messages_speak_of_what_the_model_has(facts, what, says):
     assert says in facts["refused"][what]
+
+
+def test_an_empty_conditioning_cannot_leave_fusion_out(facts):
+    assert facts["refused"]["another VLM's empty prompt"].endswith("load the VLM that belongs to the model")
 
 
 @pytest.mark.parametrize(

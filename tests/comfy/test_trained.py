@@ -67,3 +67,14 @@ def test_it_brings_the_vae_it_was_trained_with(channels, run_in_comfy, tmp_path)
     assert facts["picture"] == [1, 64, 64, 3] and facts["spread"] > 0.01
     assert len(facts["latents"]) == channels * 8 * 8
     assert facts["round trip"] == [1, channels, 8, 8]
+    check_odd(facts["odd"], channels)
+
+
+def check_odd(odd: dict, channels: int) -> None:
+    """FLUX.2's takes whole patches of 2x2 latents: pictures are cropped for it, and latents filled up."""
+    assert odd["picture"] == [1, 56, 72, 3]
+    assert odd["again"] == [1, channels, *((6, 8) if channels == 32 else (7, 9))]
+    assert odd["off centre"] < 1e-6 and odd["finite"]
+    assert odd["off its padding"] < 1e-6 if channels == 32 else odd["off its padding"] > 0
+    assert odd["tiled"] == [[1, 120, 104, 3], [1, channels, *((14, 12) if channels == 32 else (15, 13))]]
+    assert f"72 x 7 px: this VAE takes sides of {16 if channels == 32 else 8} px" in odd["refused"]

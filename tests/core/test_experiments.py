@@ -288,7 +288,7 @@ def test_a_run_reports_draws_and_goes_on_from_its_files(tmp_path, monkeypatch):
 
     reproduce.run((MINI,), tmp_path, **options)
     files = report.draw((MINI,), found, setting, tmp_path / "figures")["mini"]
-    assert files == ["mini.png", "mini-pictures.png"]
+    assert files == ["mini.png", "mini-pictures.jpg"]
     with Image.open(tmp_path / "figures" / "mini.png") as plot, Image.open(tmp_path / "figures" / files[1]) as sheet:
         assert plot.width == sheet.width == 1024 and len(plot.getcolors(1 << 20)) > 20
     assert "T5.following > T5.exact" in report.table(found)

@@ -72,6 +72,11 @@ def test_an_adapter_trains_lap_alone(name):
     assert 0.8 < (adapters.sample_flops(name, STAGE) - frozen) / dense < 1.3
 
 
+def test_an_adapter_is_planned_with_a_picture_where_its_vlm_sees_one():
+    assert adapters.stage_of("boogu").tokens == adapters.stage_of("z-image").tokens + plan.TILE_TOKENS
+    assert {**adapters.plan_adapter("boogu-edit"), "preset": "boogu"} == adapters.plan_adapter("boogu")
+
+
 def test_the_page_on_training_says_what_the_plan_says():
     run = [sys.executable, "-m", "tests.core.make_training_page", "--check"]
     assert subprocess.run(run, cwd=ROOT).returncode == 0, "run python -m tests.core.make_training_page"

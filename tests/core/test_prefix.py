@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from unifusion_core.conditioning.verifi import replay, rewrite
-from unifusion_core.conditioning.vlm.base import Request
 from unifusion_core.conditioning.vlm.prefix import Prefix, PrefixCache
+from unifusion_core.conditioning.vlm.request import Request
 
 from .test_verifi import worst_relative_error
 from .test_vlm import counted, picture

@@ -4,10 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from unifusion_core.conditioning.hidden_states import HiddenStates, Span
+from unifusion_core.conditioning.hidden_states import KEEP, HiddenStates, Span
 from unifusion_core.conditioning.profiles import (
     KREA2_TEMPLATE,
-    MODES,
     PROFILES,
     WHOLE_PROMPT,
     condition_for,
@@ -161,7 +160,7 @@ def test_a_post_norm_dit_asks_for_the_norm(name):
 
 def test_an_unknown_mode_says_which_there_are():
     profile = small("krea2")
-    with pytest.raises(ValueError, match=re.escape(f"keep 'words': expected one of {', '.join(MODES)}")):
+    with pytest.raises(ValueError, match=re.escape(f"keep 'words': expected one of {', '.join(KEEP)}")):
         condition_for(hidden(profile, PLAIN), profile, "words")
     with pytest.raises(ValueError, match="no token of rewrite"):
         condition_for(hidden(profile, PLAIN), profile, "rewrite")

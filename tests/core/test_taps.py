@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CompileConfig, GenerationConfig
 
-from unifusion_core.conditioning.vlm.base import Request
+from unifusion_core.conditioning.vlm.request import Request
 
 from .test_verifi import byte_vlm
 from .test_vlm import picture

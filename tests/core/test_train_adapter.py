@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from random import Random
@@ -13,6 +14,7 @@ from diffusers import AutoencoderKL, AutoencoderKLFlux2, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline, compute_empirical_mu
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -192,7 +194,7 @@ def test_one_picture_is_learned_and_the_file_opens(host, data, tmp_path, capsys,
     more = ["--steps", 40, "--rate", 3e-3, "--dropout", 0, "--batch", 4, "--mix", "1,0,0"]
     assert cli.main(command(profile, folder, data / "one", tmp_path, *more)) == 0
     said = capsys.readouterr().out
-    assert f"before {PROFILES[profile].title}" in said
+    assert f"before {PROFILES[profile].title}" in said and "no scheduler beside it, so a time shift of" in said
     assert "untrained, the adapter changes the host's velocity by 0\n" in said
 
     trained = load_adapter(tmp_path / "adapter.safetensors")
@@ -266,7 +268,10 @@ def test_what_does_not_belong_together_is_refused(host, data, whole, tmp_path, c
     assert "--preset does not belong to `train adapter`" in says("--preset", "micro")
     assert "a ZImageTransformer2DModel, but FLUX.2 Klein 4B is a Flux2" in says(profile="klein-4b")
     assert "neither model_index.json nor" in says(at=data)
-    assert "no text_encoder is in it; give the folder of Qwen3-4B by --vlm" in says(at=folder / "transformer")
+    shutil.copytree(folder / "transformer", tmp_path / "alone")
+    assert "no text_encoder is in it; give the folder of Qwen3-4B by --vlm" in says(at=tmp_path / "alone")
+    save_json(tmp_path / "t5" / "config.json", {"model_type": "t5"})
+    assert "a T5, but Z-Image reads Qwen3-4B; give that VLM" in says("--vlm", tmp_path / "t5")
     assert "multiples of 4" in says("--size", 18)
     assert "draws by FLUX.1's AutoencoderKL" in says("--vae", host("klein-4b") / "vae")
     assert "does not divide" in says("--accumulation", 3)
@@ -276,7 +281,7 @@ def test_what_does_not_belong_together_is_refused(host, data, whole, tmp_path, c
     for name in ("source", "target"):
         pair_in(tmp_path / "edits", f"e.{name}", "", "red")
     (tmp_path / "edits" / "e.txt").write_text("a star")
-    assert "1 edits among the samples, but Qwen3-4B sees no pictures" in says("--data", tmp_path / "edits")
+    assert "1 edits among the samples, but an adapter is not trained on edits" in says("--data", tmp_path / "edits")
     monkeypatch.setitem(PROFILES, "z-image", replace(PROFILES["z-image"], width=64))
     assert "layers (5,) of width 64 of Qwen3-4B; give that VLM" in says()
     assert cli.main(["train", "adapter", "--profile", "z-image", "--out", str(tmp_path / "b")]) == 2
@@ -285,6 +290,42 @@ def test_what_does_not_belong_together_is_refused(host, data, whole, tmp_path, c
     assert cli.main([*words, "--out", str(tmp_path / "b")]) == 2
     assert "--host does not belong to `train generator`" in capsys.readouterr().err
     assert not (tmp_path / "a" / "adapter.safetensors").exists()
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae", "transformer"])
+def test_a_run_is_not_resumed_with_other_weights_of_equal_shapes(host, data, whole, tmp_path, capsys, part):
+    shutil.copytree(host("z-image"), tmp_path / "host")
+    (file,) = (tmp_path / "host" / part).glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[next(name for name in tensors if "norm" in name)] += 0.01
+    save_file(tensors, file, {"format": "pt"})
+    assert cli.main(command("z-image", tmp_path / "host", data / "pairs", whole)) == 2
+    names = {"text_encoder": "vlm 'qwen3", "vae": "vae 'FluxVAE", "transformer": "host 'ZImageTransformer2DModel"}
+    assert f"holds a run with {names[part]}" in capsys.readouterr().err
+
+
+def test_another_time_shift_is_another_run(host, data, whole, tmp_path, capsys):
+    shutil.copytree(host("z-image"), tmp_path / "host")
+    save_json(tmp_path / "host" / "scheduler" / "scheduler_config.json", {"shift": 6.0})
+    assert cli.main(command("z-image", tmp_path / "host" / "transformer", data / "pairs", whole)) == 2
+    assert "holds a run with shift 3.0, not 6.0" in capsys.readouterr().err
+
+
+def test_a_distilled_host_is_refused_or_doubted(host, data, tmp_path, capsys):
+    for profile in ("klein-4b", "z-image"):
+        shutil.copytree(host(profile), tmp_path / profile)
+    save_json(tmp_path / "klein-4b" / "model_index.json", {"is_distilled": True})
+    assert cli.main(command("klein-4b", tmp_path / "klein-4b" / "transformer", data / "pairs", tmp_path / "a")) == 2
+    assert "take the base model of FLUX.2 Klein 4B" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "z-image" / "vae")
+    assert cli.main(command("z-image", tmp_path / "z-image", data / "pairs", tmp_path / "a", "--quiet")) == 2
+    said = capsys.readouterr().err
+    assert "do not tell the base from the distilled Turbo" in said and "no vae is in it" in said
+
+
+def test_lap_has_heads_of_128_and_a_feed_forward_of_eight_thirds():
+    laps = [adapter_spec("z-image", 36, width).lap for width in (WIDTH, 2560, 4096)]
+    assert [(lap.num_heads, lap.intermediate_size) for lap in laps] == [(1, 256), (20, 6912), (32, 11008)]
 
 
 def test_a_model_that_is_not_the_profiles_is_refused(host, tmp_path, monkeypatch):

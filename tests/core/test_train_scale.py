@@ -10,18 +10,23 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from unifusion_core import cli
 from unifusion_core.checkpoint import load_tensors, read_spec
 from unifusion_core.conditioning.vlm import FrozenVLM, Request, load_vlm
+from unifusion_core.files import save_json
 from unifusion_core.pipeline import WEIGHTS, load_model, load_vae
 from unifusion_core.presets import PRESETS
+from unifusion_core.training import generator
 from unifusion_core.training.asked import STAGE1_MIX, Asked, Teacher, draw_kind
 from unifusion_core.training.buckets import Order, bucket_sizes, nearest
 from unifusion_core.training.ema import EMA
@@ -56,11 +61,11 @@ sys.exit(cli.main(sys.argv[2:]))
 """
 CUT = """
 import torch
-from accelerate import Accelerator
 from torch import nn
+from unifusion_core.training.loop import joined
 from unifusion_core.training.scaled import shard
 
-accelerator = Accelerator(cpu=True)
+accelerator = joined("cpu")
 main = accelerator.is_main_process
 torch.manual_seed(accelerator.process_index)
 with torch.device("cpu" if main else "meta"):
@@ -280,6 +285,35 @@ def test_what_does_not_belong_together_is_refused(data, whole, tmp_path, capsys)
     assert "conditioned in the chat text" in says(command(data, tmp_path / "a", "--preset", "krea2"))
     assert not (tmp_path / "a" / "state").exists()
     assert cli.main(["train", "micro-vae", "--out", str(tmp_path / "b"), "--fsdp"]) == 2
+
+
+def test_a_run_is_not_resumed_with_other_weights_of_equal_shapes(data, whole, tmp_path, capsys):
+    def altered(source, target):
+        tensors = load_file(source)
+        tensors[next(name for name in tensors if "norm" in name)] += 0.01
+        with safe_open(source, "pt") as file:
+            save_file(tensors, target, file.metadata())
+
+    altered(MICRO / "vae.safetensors", tmp_path / "vae.safetensors")
+    shutil.copytree(MICRO / "vlm", tmp_path / "vlm")
+    altered(MICRO / "vlm" / "model.safetensors", tmp_path / "vlm" / "model.safetensors")
+    for option, file, said in (("--vae", "vae.safetensors", "vae 'VAE, weights"), ("--vlm", "vlm", "vlm 'internvl")):
+        assert cli.main(command(data, whole, option, tmp_path / file)) == 2
+        assert f"holds a run with {said}" in capsys.readouterr().err
+
+
+def test_an_older_run_that_says_nothing_of_weights_is_resumed(tmp_path):
+    run = generator.Run(out=tmp_path, data=(Path("data"),), vlm=Path("vlm"), vae=Path("vae"), preset="micro")
+    found = {"precision": "fp32", "vlm": "a", "vae": "b"}
+    (tmp_path / "state").mkdir()
+    for settings in (run.settings(), run.settings(found)):
+        save_json(tmp_path / "run.json", settings)
+        run.check_resumed()
+        run.check_resumed(found)
+    with pytest.raises(ValueError, match="precision 'fp32', not 'bf16'"):
+        run.check_resumed({**found, "precision": "bf16"})
+    with pytest.raises(ValueError, match="precision 'fp32', not 'bf16'"):
+        replace(run, precision="bf16").check_resumed()
 
 
 # Samples.

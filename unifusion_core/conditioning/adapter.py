@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..checkpoint import load_checkpoint, load_into, save_checkpoint
 from .hidden_states import HiddenStates
 from .lap import LAPSpec, LayerwiseAttentionPooling
-from .profiles import PROFILES, EncoderProfile
+from .profiles import PROFILES, EncoderProfile, host_states
 
 if TYPE_CHECKING:
     from .vlm import FrozenVLM
@@ -51,11 +51,18 @@ class AdapterSpec:
         return PROFILES[self.profile]
 
 
-def adapter_spec(profile: str, num_layers: int, width: int, *, heads: int, intermediate_size: int) -> AdapterSpec:
-    """Every third layer of the VLM, as in the paper, and those of the host."""
+def adapter_spec(
+    profile: str, num_layers: int, width: int, *, heads: int | None = None, intermediate_size: int | None = None
+) -> AdapterSpec:
+    """Every third layer of the VLM, as in the paper, and those of the host.
+
+    heads, intermediate_size: None = heads of 128 and 8/3 of the width in steps of 256, as Krea 2's LAP has.
+    """
     if profile not in PROFILES:
         raise ValueError(f"profile {profile!r}: expected one of {', '.join(PROFILES)}")
     layers = tuple(sorted({*range(2, num_layers + 1, 3), *PROFILES[profile].layers}))
+    heads = heads or max(1, width // 128)
+    intermediate_size = intermediate_size or max(1, round(width / 96)) * 256
     lap = LAPSpec(num_layers=len(layers), width=width, num_heads=heads, intermediate_size=intermediate_size)
     return AdapterSpec(profile=profile, layers=layers, lap=lap)
 
@@ -138,15 +145,6 @@ def tapping(vlm: FrozenVLM, spec: AdapterSpec) -> FrozenVLM:
             f"{spec.host.encoder} to vlm of UniFusion Load Adapter"
         )
     return vlm.tapping(sorted({*vlm.layers, *spec.layers}))
-
-
-def host_states(hidden: HiddenStates, profile: EncoderProfile, final_norm: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """The states with the VLM's final norm on the tap where the host had it."""
-    if not profile.post_norm:
-        return hidden.states
-    at, states = hidden.layers.index(profile.layers[-1]), hidden.states.clone()
-    states[:, :, at] = final_norm(states[:, :, at])
-    return states
 
 
 def save_adapter(path: str | Path, adapter: LAPAdapter, tensors: dict[str, Tensor] | None = None) -> None:

@@ -23,7 +23,7 @@ KEEP: dict[str, tuple[SpanKind, ...]] = {
     "think": ("think",),
     "all": ("instruction", "image", "thumbnail", "marker", "think", "rewrite"),
     "everything": get_args(SpanKind),
-    "image": ("image", "thumbnail"),
+    "image": ("image", "thumbnail"),  # the first track of a zero-shot edit: pictures first, then words
 }
 
 

@@ -44,9 +44,6 @@ def _turns(system: str = "", images: bool = False, reply: str = _ASSISTANT) -> s
 KREA2_SYSTEM = DESCRIBE
 KREA2_TEMPLATE = _turns(KREA2_SYSTEM)
 
-# "image" alone is the first track of a zero-shot edit: pictures first, then words.
-MODES: dict[str, tuple[SpanKind, ...]] = {**KEEP, "image": ("image", "thumbnail")}
-
 # The whole chat text of a plain prompt, and nothing that the VLM wrote.
 WHOLE_PROMPT: tuple[SpanKind, ...] = ("prefix", "system", "instruction", "image", "thumbnail", "marker")
 
@@ -225,7 +222,7 @@ def condition_for(
 
     Args:
         hidden: taps of at least the profile's layers.
-        keep: a mode of `MODES`; None = what the DiT was trained on, of which a rewrite is no part.
+        keep: a mode of `KEEP`; None = what the DiT was trained on, of which a rewrite is no part.
         final_norm: `FrozenVLM.final_norm`, where `profile.post_norm` asks for it.
         adapter: makes the slots of the profile's layers out of its own.
     Returns:
@@ -239,7 +236,10 @@ def condition_for(
     if profile.post_norm and final_norm is None:
         raise ValueError(f"{profile.title} was trained behind the VLM's final norm: connect vlm, the one that wrote")
     chosen = hidden.select(*kinds_of(profile, keep))
-    states = _own(chosen, profile, final_norm) if adapter is None else adapter.read(chosen, final_norm)
+    if adapter is None:
+        states = host_states(chosen.tapping(profile.layers).to(dtype=torch.float32), profile, final_norm)
+    else:
+        states = adapter.read(chosen, final_norm)
     tokens, mask = flatten(states, profile), chosen.mask
     missing = profile.pad_to - tokens.shape[1]
     if missing > 0:
@@ -253,12 +253,13 @@ def condition_for(
     return tokens, mask if profile.mask == "needed" or not mask.all() else None
 
 
-def _own(chosen: HiddenStates, profile: EncoderProfile, final_norm: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """The profile's own layers [B, T, L, E] float32, the last behind the final norm where it was in training."""
-    states = chosen.states[:, :, [chosen.layers.index(layer) for layer in profile.layers]].float()
+def host_states(hidden: HiddenStates, profile: EncoderProfile, final_norm: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """The states with the VLM's final norm on the tap where the profile's DiT had it in training."""
     if not profile.post_norm:
-        return states
-    return torch.cat([states[:, :, :-1], final_norm(states[:, :, -1:]).float()], dim=2)
+        return hidden.states
+    at, states = hidden.layers.index(profile.layers[-1]), hidden.states.clone()
+    states[:, :, at] = final_norm(states[:, :, at])
+    return states
 
 
 def check(hidden: HiddenStates, profile: EncoderProfile, adapter: LAPAdapter | None = None) -> None:
@@ -301,6 +302,6 @@ def kinds_of(profile: EncoderProfile, keep: str | None) -> tuple[SpanKind, ...]:
     """Returns the kinds of spans that a mode keeps; None is the profile's own choice."""
     if keep is None:
         return profile.kinds
-    if keep not in MODES:
-        raise ValueError(f"keep {keep!r}: expected one of {', '.join(MODES)}, or None for what {profile.title} takes")
-    return MODES[keep]
+    if keep not in KEEP:
+        raise ValueError(f"keep {keep!r}: expected one of {', '.join(KEEP)}, or None for what {profile.title} takes")
+    return KEEP[keep]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .hidden_states import HiddenStates
 from .quotes import quoted
-from .vlm.base import FrozenVLM, Request
+from .vlm.base import FrozenVLM
+from .vlm.request import Request
 from .vlm.tiling import as_rgb
 from .writer import Think, Writer, think_room
 

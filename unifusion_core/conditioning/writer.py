@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Literal
 
 from .quotes import QuoteGuard
-from .vlm.base import FrozenVLM, Prompts
+from .vlm.base import FrozenVLM
+from .vlm.request import Prompts
 
 THINK, THOUGHT = "<think>", "</think>"
 TAIL = 16  # tokens that are sure to hold a tag

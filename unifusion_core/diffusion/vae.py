@@ -46,6 +46,11 @@ class VAESpec:
         return self.unshuffle * 2 ** (len(self.block_channels) - 1)
 
     @property
+    def multiple(self) -> int:
+        """What both sides of a picture must divide by."""
+        return self.compression
+
+    @property
     def decoder_values(self) -> int:
         """About as many numbers as decoding holds at once for a pixel: eight maps of the widest block."""
         return max(1, 8 * max(self.block_channels) // self.unshuffle**2)
@@ -98,7 +103,7 @@ class VAE(nn.Module):
         return (self.decode_raw(raw) * 0.5 + 0.5).clamp(0, 1)
 
     def _checked(self, images: Tensor) -> Tensor:
-        return check_images(images, self.spec.compression)
+        return check_images(images, self.spec.multiple)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +136,11 @@ class QwenImageVAESpec:
         return 2 ** len(self.downsample_time)
 
     @property
+    def multiple(self) -> int:
+        """What both sides of a picture must divide by."""
+        return self.compression
+
+    @property
     def decoder_values(self) -> int:
         """About as many numbers as decoding holds at once for a pixel, as ComfyUI counts them for this VAE: 2200."""
         return 23 * self.base_channels
@@ -157,7 +167,7 @@ class QwenImageVAE(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in 0..1 → latents [B, C, H/f, W/f], the posterior's mode; H and W must divide by f."""
-        frames = (check_images(images, self.spec.compression) * 2 - 1)[:, :, None]
+        frames = (check_images(images, self.spec.multiple) * 2 - 1)[:, :, None]
         raw = self.autoencoder.encode(frames.to(self.autoencoder.dtype)).latent_dist.mode()[:, :, 0]
         return (raw - _channelwise(self.latent_mean)) / _channelwise(self.latent_std)
 
@@ -213,8 +223,9 @@ def preview_colors(vae: nn.Module, images: Tensor) -> tuple[tuple[float, float, 
     Args:
         images: [B, 3, H, W] in 0..1, of the kind that will be drawn.
     """
-    latents = vae.encode(images).movedim(1, -1).flatten(0, -2)
-    colors = F.avg_pool2d(images * 2 - 1, vae.spec.compression).movedim(1, -1).flatten(0, -2)
+    encoded = [vae.encode(image[None]).float().cpu() for image in images]  # one by one: a large VAE fills a card
+    latents = torch.cat(encoded).movedim(1, -1).flatten(0, -2)
+    colors = F.avg_pool2d(images.float().cpu() * 2 - 1, vae.spec.compression).movedim(1, -1).flatten(0, -2)
     fit = torch.linalg.lstsq(F.pad(latents, (0, 1), value=1.0), colors).solution
     return tuple(tuple(round(value, 4) for value in row) for row in fit.tolist())
 

@@ -47,6 +47,11 @@ class Flux2VAESpec:
         return 2 ** (len(self.block_channels) - 1)
 
     @property
+    def multiple(self) -> int:
+        """What both sides of a picture must divide by."""
+        return self.compression * PATCH
+
+    @property
     def decoder_values(self) -> int:
         """About as many numbers as decoding holds at once for a pixel: eight maps of the widest at full size."""
         return 8 * max((self.decoder_channels or self.block_channels)[:2])
@@ -81,7 +86,7 @@ class Flux2VAE(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in 0..1 → latents [B, C, H/8, W/8], the posterior's mode; H and W must divide by 16."""
-        pixels = check_images(images, self.spec.compression * PATCH) * 2 - 1
+        pixels = check_images(images, self.spec.multiple) * 2 - 1
         raw = self.autoencoder.encode(pixels.to(self.autoencoder.dtype)).latent_dist.mode()
         mean, std = self._statistics()
         return F.pixel_shuffle((F.pixel_unshuffle(raw.float(), PATCH) - mean) / std, PATCH)

@@ -133,13 +133,14 @@ def line_chart(
     margin = 70 + max(length(entry.name, LABEL) for entry in series)
     box = (LEFT, TOP, WIDTH - margin, HEIGHT - NOTE - CAPTION)
     values = [value for entry in series for value in (*entry.values, *_ends(entry)) if not math.isnan(value)]
-    y = _vertical(canvas, box, min(values) if low is None else low, max(values), y_label)
+    bottom = min(values) if low is None else low
+    y = _vertical(canvas, box, bottom, max(values), y_label)
     step = (box[2] - box[0] - 2 * INSET) / max(len(names) - 1, 1)
     x = [box[0] + INSET + step * i for i in range(len(names))]
     for entry in series:
         for middle, spread in zip(x, entry.spread or (), strict=False):
             if spread:
-                canvas.line([(middle, y(spread[0])), (middle, y(spread[1]))], entry.color, 1.5)
+                canvas.line([(middle, y(max(spread[0], bottom))), (middle, y(spread[1]))], entry.color, 1.5)
         points = [(x[i], y(value)) for i, value in enumerate(entry.values) if not math.isnan(value)]
         if len(points) > 1:
             canvas.line(points, entry.color, 2.5)

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..files import replacing, save_png
+from ..files import replacing, save_jpg, save_png
 from .claim import Claim
 from .claims import CLAIMS
 from .measured import Measured
@@ -30,10 +30,10 @@ def draw(claims: Sequence[Claim], report: Mapping[str, Any], setting: Setting, o
     files = {}
     for claim in claims:
         pictures: dict[str, Image.Image | None] = {f"{claim.name}.png": plot(claim, report["claims"][claim.name])}
-        pictures[f"{claim.name}-pictures.png"] = sheet(claim, results(claim, report["meta"]["seeds"][0], setting))
+        pictures[f"{claim.name}-pictures.jpg"] = sheet(claim, results(claim, report["meta"]["seeds"][0], setting))
         for name, picture in pictures.items():
             if picture is not None:
-                save_png(out / name, picture)
+                (save_jpg if name.endswith(".jpg") else save_png)(out / name, picture)
         files[claim.name] = [name for name, picture in pictures.items() if picture is not None]
     return files
 

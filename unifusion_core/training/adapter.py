@@ -30,6 +30,7 @@ class HostTeacher(Teacher):
     """Asks the VLM as the host's own pipeline does: the whole chat text of a caption, no rewrite.
 
     A longer caption is cut: Z-Image's and Klein's pipelines take 512 tokens with the chat text around it.
+    Never asked for edits, which `adapting` refuses.
     Departs: VERIFI's tokens are left to inference; the host has never seen a conversation go on.
     """
 
@@ -40,9 +41,9 @@ class HostTeacher(Teacher):
         self.profile = spec.host
 
     def ask(self, kind: Kind, texts: Texts, picture: Image.Image | None, rng: Random) -> Asked:
-        if kind in ("picture", "joint", "edit") and self.profile.images == "none":
+        if kind in ("picture", "joint") and self.profile.images == "none":
             raise Damaged(f"{self.profile.encoder} sees no pictures; train on text alone (--mix 1,0,0)")
-        prompt = {"empty": "", "picture": "", "edit": texts.instruction}.get(kind, texts.caption or texts.instruction)
+        prompt = "" if kind in ("empty", "picture") else texts.caption
         images = () if kind in ("text", "empty") else (picture,)
         with self._lock:
             prompt = self._cut(prompt)

@@ -1,12 +1,16 @@
 """`unifusion train adapter`: a LAP in front of somebody else's frozen DiT, on the user's pictures.
 
 DiT, VLM and VAE are frozen and whole in every process; only the adapter learns and is cut up by FSDP2.
+Edits are refused: a host that edits also reads its source's latents, which no batch carries.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +19,7 @@ from torch import nn
 from ..conditioning.adapter import AdapterSpec, LAPAdapter, adapter_spec, save_adapter
 from ..conditioning.profiles import PROFILES, EncoderProfile
 from ..conditioning.vlm import FrozenVLM, load_vlm
+from ..conditioning.vlm.t5 import is_t5
 from ..files import save_json
 from ..layers import TransformerBlock
 from .adapter import MOST_TOKENS, AdapterTrainee, HostTeacher
@@ -26,6 +31,7 @@ from .feed import Feed
 from .host_files import (
     HostFolder,
     channels_of,
+    check_base,
     host_folder,
     load_host_vae,
     load_transformer,
@@ -33,10 +39,11 @@ from .host_files import (
     shift_of,
 )
 from .hosts import HOSTS, host_of
+from .kept_states import sampled_digest
 from .latents import LatentCache
-from .loop import LoopSpec
+from .loop import LoopSpec, joined
 from .run import LOOP as USUAL_LOOP
-from .run import SETTINGS, BaseRun, check_mix, describe, report_damaged
+from .run import SETTINGS, BaseRun, check_mix, describe, found_in, report_damaged
 from .samples import Index, build_index
 from .scaled import fit_scaled
 from .states import LATEST
@@ -89,19 +96,24 @@ def train(run: Run) -> Path:
     Raises:
         ValueError: settings, data, host, VLM and VAE that do not belong together, or not to what `out` holds.
     """
-    accelerator = Accelerator(cpu=run.device == "cpu")
+    accelerator = joined(run.device)
     main = accelerator.is_main_process
     run.check_resumed()
     device = accelerator.device if accelerator.device.type != "cpu" else torch.device("cpu")
     compute = run.dtype_of_products(device)
     folder = host_folder(run.host)
+    if (doubt := check_base(run.profile, folder)) and main:
+        print(doubt, file=sys.stderr)
     vlm, spec = _load_vlm(run, folder, device, compute)
     transformer = load_transformer(run.profile, folder, device, compute)
     vae = _load_vae(run, folder, transformer, device)
+    shift_at = shift_of(run.profile, folder)
+    found = found_in(vlm, vae, compute) | _found_host(transformer, shift_at)
+    run.check_resumed(found)
     cache = run.cache or run.out / "cache"
     with accelerator.main_process_first():
         index = build_index(run.data, cache, quiet=run.quiet or not main)
-    _check_edits(run, index)
+    _check_edits(index)
     order = Order(
         [sample.size for sample in index.samples],
         bucket_sizes(run.size, vae.spec.compression * patch_of(transformer)),
@@ -116,16 +128,17 @@ def train(run: Run) -> Path:
         seed=run.loop.seed,
         mix=run.mix,
         dropout=run.dropout,
-        shift_at=shift_of(run.profile, folder),
+        shift_at=shift_at,
         most_damaged=run.most_damaged,
         report=run.out / "damaged.jsonl",
         workers=run.workers,
     )
     trainee = _build_trainee(run, spec, transformer, compute)
     if main:
-        save_json(run.out / SETTINGS, run.settings())
+        save_json(run.out / SETTINGS, run.settings(found))
         report_damaged(index, feed.report)
-    said = [_before(spec.host, transformer, folder), describe(index, order, trainee)]
+    assumed = None if folder.part("scheduler") else shift_at((run.size // vae.spec.compression,) * 2)
+    said = [_before(spec.host, transformer, assumed), describe(index, order, trainee)]
     said.append(run.spread(accelerator.num_processes, compute))
     if not (run.out / "state" / LATEST).is_file():
         said.append(_departure(trainee.to(device), feed, device))
@@ -153,12 +166,12 @@ def _load_vlm(run: Run, folder: HostFolder, device: torch.device, dtype: torch.d
     profile = PROFILES[run.profile]
     if path is None and (path := folder.part("text_encoder", "mllm")) is None:
         raise ValueError(f"--host {run.host}: no text_encoder is in it; give the folder of {profile.encoder} by --vlm")
+    if is_t5(path):
+        raise ValueError(f"--vlm {path}: a T5, but {profile.title} reads {profile.encoder}; give that VLM")
     own = run.vlm is None or path.is_file()
     vlm = load_vlm(path, layers=(0,), device=device, dtype=dtype, tokenizer=tokenizer if own else None)
     _check_vlm(profile, vlm, path)
-    # heads of 128 and a feed-forward 8/3 as wide, in steps of 256, as Krea 2's LAP has
-    sizes = {"heads": max(1, vlm.width // 128), "intermediate_size": max(1, round(vlm.width / 96)) * 256}
-    spec = replace(adapter_spec(run.profile, vlm.num_layers, vlm.width, **sizes), vlm=vlm.identity)
+    spec = replace(adapter_spec(run.profile, vlm.num_layers, vlm.width), vlm=vlm.identity)
     vlm = vlm.tapping(spec.layers)
     vlm.prefix_cache = None
     return vlm, spec
@@ -186,12 +199,18 @@ def _load_vae(run: Run, folder: HostFolder, transformer: nn.Module, device: torc
     return vae
 
 
-def _check_edits(run: Run, index: Index) -> None:
-    edits = sum(sample.is_edit for sample in index.samples)
-    if edits and PROFILES[run.profile].images == "none":
+def _found_host(transformer: nn.Module, shift_at: Callable[[tuple[int, int]], float]) -> dict[str, Any]:
+    """What decides the losses of a host. shift: at 64x64 latents."""
+    config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}  # paths, versions
+    name = type(transformer).__name__
+    return {"host": f"{name}, weights {sampled_digest(transformer, config)}", "shift": shift_at((64, 64))}
+
+
+def _check_edits(index: Index) -> None:
+    if edits := sum(sample.is_edit for sample in index.samples):
         raise ValueError(
-            f"{edits} edits among the samples, but {PROFILES[run.profile].encoder} sees no pictures; leave them out of "
-            "--data"
+            f"{edits} edits among the samples, but an adapter is not trained on edits: the host would draw the target "
+            "without the source's latents, which it gets when it edits; leave NAME.source and NAME.target out of --data"
         )
 
 
@@ -209,10 +228,11 @@ def _build_trainee(run: Run, spec: AdapterSpec, transformer: nn.Module, compute:
     return AdapterTrainee(adapter, host_of(run.profile, transformer), compute)
 
 
-def _before(profile: EncoderProfile, transformer: nn.Module, folder: HostFolder) -> str:
+def _before(profile: EncoderProfile, transformer: nn.Module, assumed: float | None) -> str:
+    """assumed: the shift where no scheduler's settings say it."""
     size = sum(parameter.numel() for parameter in transformer.parameters())
-    few = "; it is distilled: its few steps are not the flow that is trained here, so take the base model"
-    return f"before {profile.title}, {size / 1e6:,.1f}M frozen" + few * bool(folder.index.get("is_distilled"))
+    said = f"before {profile.title}, {size / 1e6:,.1f}M frozen"
+    return said if assumed is None else f"{said}; no scheduler beside it, so a time shift of {assumed:g} is assumed"
 
 
 def _departure(trainee: AdapterTrainee, feed: Feed, device: torch.device) -> str:

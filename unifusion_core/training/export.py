@@ -15,6 +15,7 @@ from ..checkpoint import save_checkpoint
 from ..presets import ModelSpec, spec_to_dict
 from ..vaes import OURS, is_ours, load_vae, save_vae
 from .ema import EMA
+from .scaled import whole
 
 
 def export(
@@ -51,9 +52,9 @@ def whole_tensors(model: nn.Module, ema: EMA | None, accelerator: Accelerator, d
     averaged, tensors = ema.shadow if ema else {}, {}
     for name, value in model.state_dict().items():
         value = averaged.get(name, value)
-        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        value = whole(value)
         if accelerator.is_main_process:
-            tensors[name] = whole.to("cpu", dtype)
+            tensors[name] = value.to("cpu", dtype)
     return tensors
 
 
@@ -71,15 +72,33 @@ def for_training(spec: ModelSpec, vlm_identity: str, size: int, preview, name: s
 
 
 def _place(source: Path, target: Path, copy: bool) -> None:
+    """A copy, or a link; beside its place first, so that a kill leaves the old one or the new one whole."""
     if target.exists() and target.samefile(source):
         return
-    if target.is_symlink() or target.is_file():
-        target.unlink()
-    elif target.is_dir():
-        shutil.rmtree(target)
+    beside = target.with_name(f".{target.name}.new")
+    _remove(beside)
     if not copy:
-        os.symlink(source.resolve(), target, target_is_directory=source.is_dir())
+        _link(source, beside)
     elif source.is_dir():
-        shutil.copytree(source, target)
+        shutil.copytree(source, beside)
     else:
-        shutil.copyfile(source, target)
+        shutil.copyfile(source, beside)
+    if target.is_dir() or target.is_symlink():
+        _remove(target)
+    os.replace(beside, target)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.symlink(source.resolve(), target, target_is_directory=source.is_dir())
+    except OSError as error:
+        raise ValueError(
+            f"no link to {source} can be made here ({error}); the same run with --copy-vlm copies it"
+        ) from None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

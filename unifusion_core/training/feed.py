@@ -20,8 +20,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..diffusion import flow
-from .asked import Asked, Teacher, draw_kind
+from .asked import Asked, PromptTeacher, Teacher, draw_kind
 from .buckets import Batch, Order
+from .kept_states import KeptStates
 from .latents import LatentCache
 from .samples import Damaged, Index, Sample, read_picture, read_texts
 
@@ -71,7 +72,7 @@ class Feed:
         self,
         index: Index,
         order: Order,
-        teacher: Teacher,
+        teacher: Teacher | PromptTeacher | KeptStates,
         cache: LatentCache,
         *,
         seed: int,

@@ -6,12 +6,11 @@ reconstruction and joint samples; stage 2 goes on with edits (the paper's Sec. 2
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from ..checkpoint import read_spec
@@ -24,18 +23,19 @@ from ..files import save_json
 from ..fusion import check_vlm
 from ..presets import PRESETS, ModelSpec, spec_from_dict
 from ..vaes import OURS, load_vae
-from .asked import STAGE1_MIX, PromptTeacher, Teacher
+from .asked import PromptTeacher, Teacher
 from .buckets import Order, bucket_sizes
 from .export import export, for_training
 from .feed import Feed
 from .kept_states import KeptStates
 from .latents import LatentCache
-from .run import SETTINGS, BaseRun, check_mix, describe, report_damaged
+from .loop import joined
+from .run import SETTINGS, BaseRun, check_mix, describe, found_in, report_damaged
 from .samples import Damaged, Index, build_index, read_picture
 from .scaled import fit_scaled
 from .trainee import TakenOver, Trainee, build_trainee, checkpoint_blocks, empty_trainee, take_over
 
-PREVIEWED = 32  # pictures to which the preview's colours are fitted
+PREVIEWED, PREVIEW_SIDE = 32, 256  # pictures to which the preview's colours are fitted, and their px
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,6 @@ class Run(BaseRun):
     preset, init: where the spec comes from: a name of `PRESETS`, or a model file, which brings its weights too.
     conditioning, refiner, layers: as `with_conditioning` takes them; with init they only say what its file holds,
         unless a T5 conditioned it and `vlm` is none: then the DiT goes on, and what does not fit starts anew.
-    mix: shares of text, picture and joint.
     cache_states: keeps the VLM's states on disk, 2 · L · E bytes a token (`kept_states.py`).
     """
 
@@ -57,7 +56,6 @@ class Run(BaseRun):
     conditioning: str | None = None
     refiner: str | None = None
     layers: str | tuple[int, ...] | None = None
-    mix: dict[str, float] = field(default_factory=lambda: dict(STAGE1_MIX))
     cache_states: bool = False
     copy_vlm: bool = False
     name: str | None = None
@@ -87,7 +85,7 @@ def train(run: Run) -> Path:
     Raises:
         ValueError: settings, data, VLM and VAE that do not belong together, or not to what `out` holds.
     """
-    accelerator = Accelerator(cpu=run.device == "cpu")
+    accelerator = joined(run.device)
     main = accelerator.is_main_process
     run.check_resumed()
     device = accelerator.device if accelerator.device.type != "cpu" else torch.device("cpu")  # it says cpu:0 of several
@@ -99,6 +97,8 @@ def train(run: Run) -> Path:
     check_vlm(spec, vlm.identity, vlm.layers)
     vae = _load_vae(run.vae, device)
     _check_vae(spec, vae, run.vae)
+    found = found_in(vlm, vae, compute)
+    run.check_resumed(found)
     cache = run.cache or run.out / "cache"
     with accelerator.main_process_first():
         index = build_index(run.data, cache, quiet=run.quiet or not main)
@@ -130,7 +130,7 @@ def train(run: Run) -> Path:
         for block in blocks:
             block.compile(dynamic=True)
     if main:
-        save_json(run.out / SETTINGS, run.settings())
+        save_json(run.out / SETTINGS, run.settings(found))
         report_damaged(index, feed.report)
         if not run.quiet:
             print(describe(index, order, trainee))
@@ -151,7 +151,8 @@ def train(run: Run) -> Path:
         save_every=run.save_every,
         quiet=run.quiet,
     )
-    spec = for_training(spec, vlm.identity, run.size, _preview(index, vae, run.size), run.name)
+    preview = _preview(index, vae, run.size) if main else None
+    spec = for_training(spec, vlm.identity, run.size, preview, run.name)
     return export(
         run.out,
         spec,
@@ -212,13 +213,19 @@ def _conditioned(run: Run, spec: ModelSpec, vlm: FrozenVLM | T5TextEncoder) -> t
         if run.conditioning is None:
             raise ValueError(f"--init {run.init}: a T5 conditioned it; say what --vlm is to do, as --conditioning lap")
         return with_conditioning(replace(for_width(spec, vlm.width), vlm=None), run.conditioning, **asked), True
-    way = conditioning_of(spec, vlm.num_layers)
-    if named and (way is None or with_conditioning(spec, run.conditioning or way, **asked) != spec):
+    check_vlm(spec, vlm.identity, spec.layers)
+    if named and not _is_so(run, spec, asked):
         raise ValueError(
             f"--init {run.init} is conditioned by {describe_conditioning(spec)}; leave --conditioning, --refiner and "
             "--layers out, or give a --preset to start from nothing"
         )
     return spec, False
+
+
+def _is_so(run: Run, spec: ModelSpec, asked: dict) -> bool:
+    """Whether a model is conditioned as the options say."""
+    way = run.conditioning or conditioning_of(spec, asked["num_layers"])
+    return way is not None and with_conditioning(spec, way, **asked) == spec
 
 
 def _check_text_only(run: Run) -> None:
@@ -274,6 +281,9 @@ def _check_stage(run: Run, index: Index) -> None:
 
 @torch.no_grad()
 def _preview(index: Index, vae: nn.Module, size: int) -> tuple | None:
+    """Colours of the latents, from small copies of the first pictures."""
+    multiple = 2 * vae.spec.compression
+    size = max(multiple, min(size, PREVIEW_SIDE) // multiple * multiple)
     pictures = []
     for sample in index.samples[:PREVIEWED]:
         try:

@@ -36,7 +36,7 @@ INSTALL += "pip install einops"
 
 @dataclass(frozen=True)
 class HostFolder:
-    """A model's folders. whole: the one with `model_index.json`, None where the transformer alone was given."""
+    """A model's folders. whole: the one with `model_index.json`, None where the transformer stands alone."""
 
     path: Path
     transformer: Path
@@ -53,7 +53,7 @@ class HostFolder:
 
 
 def host_folder(path: Path) -> HostFolder:
-    """Finds the transformer.
+    """Finds the transformer, and the whole model around it.
 
     Raises:
         ValueError: neither a whole model in diffusers' layout nor the folder of a transformer.
@@ -62,11 +62,29 @@ def host_folder(path: Path) -> HostFolder:
     if (path / "model_index.json").is_file():
         return HostFolder(path, path / "transformer", path)
     if (path / "config.json").is_file():
-        return HostFolder(path, path, None)
+        around = path.absolute().parent
+        return HostFolder(path, path, around if (around / "model_index.json").is_file() else None)
     raise ValueError(
         f"--host {path}: neither model_index.json nor a transformer's config.json is in it; give a model's folder in "
         "diffusers' layout, or its folder transformer"
     )
+
+
+def check_base(profile: str, folder: HostFolder) -> str | None:
+    """What its files leave open on whether a model was distilled, as one line, or None.
+
+    Raises:
+        ValueError: they say that it was.
+    """
+    title = PROFILES[profile].title
+    if folder.index.get("is_distilled"):
+        raise ValueError(
+            f"--host {folder.path}: a distilled model, by its model_index.json, whose few steps are not the flow that "
+            f"is trained here; take the base model of {title}"
+        )
+    if KINDS[profile].name != ZImageTransformer2DModel.__name__:
+        return None
+    return f"warning: the files of {title} do not tell the base from the distilled Turbo; see that --host is the base"
 
 
 def load_transformer(profile: str, folder: HostFolder, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -149,7 +167,6 @@ class HostVAESpec:
     compression: int
     shift: float = 0.0
     scale: float = 1.0
-    patch: int = 1
 
 
 class FluxVAE(nn.Module):
@@ -180,7 +197,7 @@ class PatchedVAE(nn.Module):
     def __init__(self, vae: Flux2VAE) -> None:
         super().__init__()
         self.vae = vae
-        self.spec = HostVAESpec(vae.spec.latent_channels * PATCH**2, vae.spec.compression * PATCH, patch=PATCH)
+        self.spec = HostVAESpec(vae.spec.latent_channels * PATCH**2, vae.spec.compression * PATCH)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

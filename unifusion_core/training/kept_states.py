@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..checkpoint import load_tensors, save_checkpoint
@@ -40,7 +41,7 @@ class KeptStates:
 
     def __init__(self, teacher: Teacher | PromptTeacher, vlm: FrozenVLM | T5TextEncoder, folder: Path) -> None:
         self.teacher, self.vlm = teacher, vlm
-        self.folder = folder / _digest(vlm)
+        self.folder = folder / vlm_digest(vlm)
 
     def ask(self, kind: Kind, texts: Texts, picture: Image.Image | None, rng: Random) -> Known:
         """As the teacher's; what is kept is read here, in the thread that reads the sample."""
@@ -88,11 +89,16 @@ class KeptStates:
         return self.folder / key[:2] / f"{key}.safetensors"
 
 
-def _digest(vlm: FrozenVLM | T5TextEncoder) -> str:
-    """Of the VLM and of a few values of each weight, because its `identity` is that of its fine-tunes as well."""
+def vlm_digest(vlm: FrozenVLM | T5TextEncoder) -> str:
+    """Of the VLM and of its weights, because its `identity` is that of its fine-tunes as well."""
     said = [vlm.identity, vlm.layers, str(vlm.dtype), getattr(vlm, "chat_template", None)]
-    digest = hashlib.sha256(json.dumps(said).encode())
-    for name, weight in sorted(vlm.model.named_parameters()):
+    return sampled_digest(vlm.model, said)
+
+
+def sampled_digest(model: nn.Module, said: Any) -> str:
+    """Of what is said of a large model (JSON-able) and of a few values of each of its weights."""
+    digest = hashlib.sha256(json.dumps(said, default=str).encode())
+    for name, weight in sorted(model.named_parameters()):
         values = weight.detach().flatten()
         values = values[:: max(1, len(values) // SAMPLED)].float().cpu().numpy()
         digest.update(name.encode() + values.tobytes())

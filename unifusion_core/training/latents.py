@@ -20,7 +20,7 @@ class LatentCache:
 
     def __init__(self, vae: nn.Module, folder: Path | None) -> None:
         self.vae = vae
-        self.folder = None if folder is None else folder / _digest(vae)
+        self.folder = None if folder is None else folder / vae_digest(vae)
 
     def key(self, picture: bytes, size: tuple[int, int]) -> str:
         return hashlib.sha256(f"{size[0]}x{size[1]} ".encode() + picture).hexdigest()
@@ -43,7 +43,7 @@ class LatentCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
 
-def _digest(vae: nn.Module) -> str:
+def vae_digest(vae: nn.Module) -> str:
     """Of the weights, so that another VAE never finds these latents."""
     digest = hashlib.sha256(repr(vae.spec).encode())
     for name, tensor in sorted(vae.state_dict().items()):

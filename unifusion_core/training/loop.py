@@ -5,6 +5,7 @@ The data are a pure function of the seed and the step, so that resuming needs no
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
@@ -49,6 +51,19 @@ class LoopSpec:
         return max(0.0, min(rise, fall, 1.0))
 
 
+def joined(device: str | None, **settings) -> Accelerator:
+    """An Accelerator whose process group is left at exit, where gloo's threads would else abort a finished process."""
+    accelerator = Accelerator(cpu=device == "cpu", **settings)
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+    return accelerator
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def fit(
     model: nn.Module,
     loss: Callable[[nn.Module, Any], tuple[Tensor, Metrics]],
@@ -67,7 +82,7 @@ def fit(
     """
     set_seed(spec.seed)
     # accelerate would step a schedule once per process, and so run it out too early.
-    accelerator = Accelerator(cpu=device == "cpu", step_scheduler_with_optimizer=False)
+    accelerator = joined(device, step_scheduler_with_optimizer=False)
     optimizers = build_optimizers(model, spec)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, spec.rate_factor) for optimizer in optimizers]
     progress = _Progress()

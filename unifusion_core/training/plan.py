@@ -22,6 +22,7 @@ from ..presets import ModelSpec
 PEAK_FLOPS, UTILISATION = 989e12, 0.45  # dense bf16 of an H100 SXM, and the share of it that a training reaches
 MASTER_BYTES = 16  # fp32 weight, gradient and Adam's two moments
 EMA_BYTES = 4
+STATE_BYTES = 16  # on disk: fp32 weight, average and Adam's two moments
 COMPUTE_BYTES = 2  # bf16
 GATHERED_BLOCKS = 2  # FSDP2 holds the running block whole, and the next one on its way
 OVERHEAD = 2e9  # CUDA context, NCCL and the allocator's gaps; bytes
@@ -165,7 +166,7 @@ def report_of(
         },
         "disk_bytes": {
             "a million cached latents at 512 px": 1e6 * latents * COMPUTE_BYTES,
-            "one state to resume from": weights * (MASTER_BYTES + EMA_BYTES),
+            "one state to resume from (twice that while it is replaced)": weights * STATE_BYTES,
             "one model file": weights * COMPUTE_BYTES,
         },
         "assumes": {"peak_flops": PEAK_FLOPS, "utilisation": UTILISATION, "text_tokens": TEXT_TOKENS},
@@ -190,7 +191,7 @@ def markdown(report: dict) -> str:
         batch = f"{row['per_gpu_batch']} × {row['accumulation']}"
         numbers = f"{row['flops'] / 1e21:.2f} | {row['days']:.1f} | {size}"
         lines.append(f"| {row['stage']} | {row['gpus']} | {batch} | {numbers} |")
-    disk = ", ".join(f"{what} {size / 1e9:,.0f} GB" for what, size in report["disk_bytes"].items())
+    disk = ", ".join(f"{what} {_gigabytes(size)}" for what, size in report["disk_bytes"].items())
     return "\n".join([*lines, "", f"On disk: {disk}."])
 
 
@@ -206,8 +207,12 @@ def table(report: dict) -> str:
             f"{row['stage']:46}{row['gpus']:5}{row['per_gpu_batch']:7}{row['accumulation']:7}{row['flops'] / 1e21:9.1f}"
             f"{row['days']:9.1f}{row['memory_bytes'] / 1e9:9.1f}{note}"
         )
-    lines += [f"{what}: {size / 1e9:,.0f} GB" for what, size in report["disk_bytes"].items()]
+    lines += [f"{what}: {_gigabytes(size)}" for what, size in report["disk_bytes"].items()]
     return "\n".join(lines)
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.0f} GB" if size >= 1e10 else f"{size / 1e9:.1f} GB"
 
 
 def _cost(stage: Stage, gpus: int, memory: Callable, sample_flops: float) -> Cost:

@@ -32,24 +32,22 @@ class Host:
     channels: int
     vlm_parameters: float
     vlm_layers: int
-    heads: int
-    intermediate_size: int
 
 
 # Z-Image and Klein as diffusers' classes count them, Boogu as its authors say; VLMs by their names' own counts.
-_QWEN3_4B = {"vlm_parameters": 4.02e9, "vlm_layers": 36, "heads": 20, "intermediate_size": 6912}
-_QWEN3_8B = {"vlm_parameters": 8.19e9, "vlm_layers": 36, "heads": 32, "intermediate_size": 11008}
+_QWEN3_4B = {"vlm_parameters": 4.02e9, "vlm_layers": 36}
+_QWEN3_8B = {"vlm_parameters": 8.19e9, "vlm_layers": 36}
 HOSTS = {
     "boogu": Host(parameters=10e9, width=3360, depth=40, channels=16, **{**_QWEN3_8B, "vlm_parameters": 8.77e9}),
     "klein-4b": Host(parameters=3.88e9, width=3072, depth=25, channels=32, **_QWEN3_4B),
     "klein-9b": Host(parameters=9.08e9, width=4096, depth=32, channels=32, **_QWEN3_8B),
     "z-image": Host(parameters=6.15e9, width=3840, depth=34, channels=16, **_QWEN3_4B),
 }
-STAGES = (Stage(name="adapter", steps=20_000, batch=256, size=512, tiles=0),)  # ours: nobody has published one
+HOSTS["boogu-edit"] = HOSTS["boogu"]
 
 
-def plan_adapter(profile: str, gpus: Sequence[int] = (1, 8, 64), stages: Sequence[Stage] = STAGES) -> dict:
-    """As `plan.plan`, for `unifusion train adapter`.
+def plan_adapter(profile: str, gpus: Sequence[int] = (1, 8, 64), stages: Sequence[Stage] | None = None) -> dict:
+    """As `plan.plan`, for `unifusion train adapter`. stages: None = `stage_of` the host.
 
     Raises:
         ValueError: an unknown host, or a number of GPUs below 1.
@@ -62,11 +60,17 @@ def plan_adapter(profile: str, gpus: Sequence[int] = (1, 8, 64), stages: Sequenc
         {"LAP": trained(profile)},
         {"DiT": host.parameters, "VLM": host.vlm_parameters},
         gpus,
-        stages,
+        stages or (stage_of(profile),),
         partial(memory, profile),
         partial(sample_flops, profile),
         host.channels * 64 * 64,
     )
+
+
+def stage_of(profile: str) -> Stage:
+    """Ours, for nobody has published one. A batch is as long as its rows with a picture, which most batches have."""
+    tiles = int(PROFILES[profile].images != "none")
+    return Stage(name="adapter", steps=20_000, batch=256, size=512, tiles=tiles)
 
 
 def trained(profile: str) -> int:
@@ -108,6 +112,5 @@ def memory(profile: str, stage: Stage, gpus: int, per_gpu_batch: int) -> dict[st
 @cache
 def _adapter(profile: str) -> LAPAdapter:
     host = HOSTS[profile]
-    sizes = {"heads": host.heads, "intermediate_size": host.intermediate_size}
     with torch.device("meta"):
-        return LAPAdapter(adapter_spec(profile, host.vlm_layers, PROFILES[profile].width, **sizes))
+        return LAPAdapter(adapter_spec(profile, host.vlm_layers, PROFILES[profile].width))

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..conditioning.vlm import FrozenVLM, T5TextEncoder
 from .asked import STAGE1_MIX
 from .buckets import Order
+from .kept_states import vlm_digest
+from .latents import vae_digest
 from .loop import LoopSpec
 from .samples import Index
 
@@ -19,6 +24,7 @@ LOOP = LoopSpec(steps=1000, batch_size=32, rate=1e-4, warmup=100, decay_fraction
 SETTINGS = "run.json"
 KEPT = ("steps", "batch_size", "rate", "warmup", "decay_fraction", "clip", "ema_decay", "weight_decay", "seed")
 DECIDING = ("size", "tiles", "most_tokens", "mix", "dropout", "accumulation", "precision")
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +32,8 @@ class BaseRun:
     """What decides the losses is kept in `out/run.json`, and a resumed run must agree with it.
 
     data: folders and tar files (`samples.py`). size: px, of the square bucket. tiles: of a picture, drawn in turn.
-    dropout: share of conditions that become the empty one. weights: dtype of the file.
+    mix: shares of text, picture and joint. dropout: share of conditions that become the empty one. weights: dtype of
+    the file.
     """
 
     out: Path
@@ -34,6 +41,7 @@ class BaseRun:
     size: int = 512
     tiles: tuple[int, ...] = (4, 9)
     most_tokens: int = 300
+    mix: dict[str, float] = field(default_factory=lambda: dict(STAGE1_MIX))
     dropout: float = 0.1
     most_damaged: float = 0.01
     loop: LoopSpec = LOOP
@@ -53,28 +61,29 @@ class BaseRun:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout {self.dropout}: expected a share from 0 to below 1")
 
-    def settings(self) -> dict:
-        """What decides the losses, JSON-able."""
+    def settings(self, found: Mapping[str, Any] = NOTHING) -> dict:
+        """What decides the losses, JSON-able. found: what only loading tells, as `found_in`."""
         loop = {name: getattr(self.loop, name) for name in KEPT}
         own = {name: getattr(self, name) for name in DECIDING} | self.own_settings()
-        return json.loads(json.dumps({**own, "data": [str(path) for path in self.data], **loop}))
+        return json.loads(json.dumps({**own, "data": [str(path) for path in self.data], **loop, **found}))
 
     def own_settings(self) -> dict:
         """What decides the losses of this kind of training alone."""
         return {}
 
-    def check_resumed(self) -> None:
-        """Raises ValueError where `out` holds a state of other settings."""
-        path, settings = self.out / SETTINGS, self.settings()
+    def check_resumed(self, found: Mapping[str, Any] = NOTHING) -> None:
+        """Raises ValueError where `out` holds a state of other settings, or of other files than those `found`."""
+        path, asked = self.out / SETTINGS, self.settings()
         if not path.is_file() or not (self.out / "state").is_dir():
             return
         before = json.loads(path.read_text(encoding="utf-8"))
-        if changed := [name for name in settings if before.get(name) != settings[name]]:
-            name = changed[0]
-            raise ValueError(
-                f"{self.out} holds a run with {name} {before.get(name)!r}, not {settings[name]!r}; resume it with its "
-                f"own settings ({path}), or give another --out"
-            )
+        for name, now in self.settings(found).items():
+            then = before.get(name, now if name in found else None)  # older runs say nothing of what was found
+            if now != "auto" and then not in (now, asked.get(name)):
+                raise ValueError(
+                    f"{self.out} holds a run with {name} {then!r}, not {now!r}; resume it with its own settings and "
+                    f"files ({path}), or give another --out"
+                )
 
     def dtype_of_products(self, device: torch.device) -> torch.dtype:
         name = self.precision
@@ -90,6 +99,15 @@ class BaseRun:
         alone = "one process" + ", in which --fsdp does nothing" * self.fsdp
         spread = alone if processes == 1 else f"{processes} processes, {how}"
         return f"{spread}; {str(compute).removeprefix('torch.')} products"
+
+
+def found_in(vlm: FrozenVLM | T5TextEncoder, vae: nn.Module, compute: torch.dtype) -> dict[str, Any]:
+    """What decides the losses beside the settings: weights, by their digests, and the precision that "auto" meant."""
+    return {
+        "precision": "bf16" if compute == torch.bfloat16 else "fp32",
+        "vlm": f"{vlm.identity}, weights {vlm_digest(vlm)}",
+        "vae": f"{type(vae).__name__}, weights {vae_digest(vae)}",
+    }
 
 
 def check_mix(mix: Mapping[str, float]) -> None:

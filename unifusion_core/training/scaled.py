@@ -87,7 +87,7 @@ def fit_scaled(
         metrics = _metrics(accelerator, losses, kinds)
         if not all(map(_finite, metrics.values())):
             raise ValueError(f"the loss of step {step} is {metrics['loss']}; resume from {states} with a lower --rate")
-        norm = _whole(nn.utils.clip_grad_norm_(plain.parameters(), spec.clip or float("inf")))
+        norm = whole(nn.utils.clip_grad_norm_(plain.parameters(), spec.clip or float("inf")))
         optimizer.step()
         optimizer.zero_grad()
         if ema:
@@ -220,5 +220,5 @@ def _finite(value: float) -> bool:
     return value - value == 0
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -71,7 +71,7 @@ def _train_large(args: argparse.Namespace) -> Report:
     needed = {"generator": ("vlm", "vae", "data"), "adapter": ("profile", "host", "data")}[args.recipe]
     if missing := [name for name in needed if not getattr(args, name)]:
         raise ValueError(f"train {args.recipe} needs --{' and --'.join(missing)}")
-    from ..training import adapting, generator
+    from ..training import adapting, asked, generator
 
     training = {"generator": generator, "adapter": adapting}[args.recipe]
     start = time.perf_counter()
@@ -86,13 +86,13 @@ def _train_large(args: argparse.Namespace) -> Report:
     if args.ema is not None:
         loop["ema_decay"] = args.ema or None
     if args.mix is not None:
-        run["mix"] = dict(zip(generator.STAGE1_MIX, args.mix, strict=True))
+        run["mix"] = dict(zip(asked.STAGE1_MIX, args.mix, strict=True))
     run = training.Run(
         out=args.out,
         vlm=args.vlm,
         vae=args.vae,
         data=tuple(args.data),
-        loop=replace(training.LOOP, seed=args.seed, compile=args.compile, **loop),
+        loop=replace(training.Run.loop, seed=args.seed, compile=args.compile, **loop),
         device=args.device,
         quiet=args.quiet,
         **run,

@@ -11,6 +11,7 @@ const PLAYWRIGHT = process.env.PLAYWRIGHT_CORE ?? join(homedir(), ".cache/unifus
 const { chromium } = createRequire(import.meta.url)(PLAYWRIGHT);
 
 const SIZE = { width: 1280, height: 800 };
+const LOADED = { timeout: 120_000 }; // ms
 
 export async function openComfy(url, { hasTouch = false, scale = 1, blocked = null } = {}) {
   const executablePath = process.env.CHROMIUM ?? "/usr/bin/chromium";
@@ -33,10 +34,8 @@ async function load(page, url, blocked) {
   page.on("console", (message) => {
     if (message.type() === "error" && /unifusion|extensions\//i.test(message.text())) errors.push(message.text());
   });
-  await page.goto(url);
-  await page.waitForFunction(() => globalThis.app?.canvas && globalThis.app.extensionManager?.setting, null, {
-    timeout: 120_000,
-  });
+  await page.goto(url, LOADED);
+  await page.waitForFunction(() => globalThis.app?.canvas && globalThis.app.extensionManager?.setting, null, LOADED);
   await set(page, "Comfy.TutorialCompleted", true);
   await set(page, "Comfy.Graph.CanvasMenu", false);
   await set(page, "Comfy.Minimap.Visible", false);

@@ -22,6 +22,11 @@ def main(pack, weights: str) -> dict:
     (models / "checkpoints" / "cut.safetensors").write_bytes(b"\xff" * 20)
     (models / "vlm" / "qwen").mkdir(parents=True)
     (models / "vlm" / "qwen" / "config.json").write_text("{}")
+    for place in ("cache/latents/0a/0a1b.safetensors", "cache/states/0c.safetensors", "state/step-2/model.safetensors"):
+        (mine / place).parent.mkdir(parents=True, exist_ok=True)
+        os.symlink(Path(weights) / "base.safetensors", mine / place)
+    header = json.dumps({"__metadata__": {"unifusion_spec": json.dumps({"kind": "lap-adapter"})}}).encode()
+    (mine / "lap.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     refused = {}
     for name in (
         "../../etc/passwd",
@@ -35,8 +40,13 @@ def main(pack, weights: str) -> dict:
             refused[name] = str(error)
     model, fusion, vae = pack.run("UniFusionLoadModel", model="unifusion/mine/base.safetensors", dtype="default")
     (vlm,) = pack.run("UniFusionLoadVLM", vlm="unifusion/mine/vlm")
-    return {
-        "models": files.list_models(),
+    files._kind.cache_clear()
+    opened, read = [], files._header
+    files._header = lambda path: opened.append(path.relative_to(models).as_posix()) or read(path)
+    listed = {"models": files.list_models(), "adapters": files.list_adapters()}
+    files._header = read
+    return listed | {
+        "opened": opened,
         "vlms": files.list_vlms(),
         "refused": refused,
         "loads": [type(model.model).__name__, fusion.spec.name, vae.latent_channels, vlm.vlm.family],

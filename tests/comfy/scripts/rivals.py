@@ -316,6 +316,7 @@ def refused(pack) -> dict:
         "layers that were not tapped": said(alone.pooled, thirds),
         "another model's width": said(keys.sample, alone.encoded(LONG)),
         "another VLM's fusion": said(pack.run, "UniFusionRewrite", vlm=micro, fusion=stranger, **words),
+        "another VLM's empty prompt": said(pack.run, "UniFusionEmptyConditioning", vlm=micro, fusion=stranger),
         "one layer, weights": draws(alone, "layer weights"),
         "one layer, similarity": draws(alone, "layer similarity"),
         "keys, norms": draws(keys, "attention norms"),

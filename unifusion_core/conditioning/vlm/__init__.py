@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from .base import FrozenVLM, Prompts, Request, every_third
+from .base import FrozenVLM, every_third
 from .gemma3 import Gemma3
 from .general import GeneralVLM
 from .internvl import InternVL
 from .llama import GemmaText, Llama, QwenText
 from .loading import load, read_settings
 from .qwen_vl import Qwen3VL, Qwen25VL
+from .request import Prompts, Request
 from .t5 import T5TextEncoder, is_t5, load_t5
 from .tiling import load_image
 

@@ -27,7 +27,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from .base import FrozenVLM, Prompts
+from .base import FrozenVLM
+from .request import Prompts
 from .tiling import Layout, as_rgb
 
 TILE = 448  # px, where the processor takes pictures of any size

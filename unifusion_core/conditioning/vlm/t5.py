@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase, T5EncoderModel
 
 from ..hidden_states import HiddenStates, Span
-from .base import Request
 from .loading import load_tokenizer
+from .request import Request
 
 T5_MARK = "t5-"  # with which its identity begins
 
