@@ -21,7 +21,8 @@ KEY = (
     "seed, on the same cases and, for arms, the same training data: a check holds, or does not, where the interval of "
     "these differences over seeds lies wholly on one side, and is undecided otherwise. A claim holds if all its checks "
     "do, and does not if one does not. The rules stand in `unifusion_core/experiments/claims.py` and were written "
-    "before the run."
+    "before the run. Arms are small and short: they are compared by what so much compute teaches them, and one that "
+    "still draws the wrong number of things (`count`) has learned too little for more than that."
 )
 
 
@@ -90,7 +91,8 @@ def markdown(report: Mapping[str, Any], files: Mapping[str, Sequence[str]], fold
 
 def _run(report: Mapping[str, Any]) -> str:
     meta = report["meta"]
-    took = f", {meta['seconds'] / 3600:.1f} h in the last session of {meta['jobs']}" if "seconds" in meta else ""
+    seconds = [each for arm in report["arms"].values() for each in arm["cpu_seconds"] if each]
+    took = f"; {sum(seconds) / 3600:.1f} h of one core to train the arms" if seconds else ""
     return (
         f"Run of {meta['date'][:10]}: seeds {', '.join(map(str, meta['seeds']))}; {meta['steps']} steps of "
         f"{meta['batch']} conditions × {meta['noises']} noise levels for the reference arm, as many FLOPs for every "
