@@ -16,7 +16,7 @@ class Pack:
 
     Attributes:
         core_modules: names in sys.modules before the pack was loaded.
-        import_s: seconds that loading it took.
+        import_s: seconds of CPU time that loading it took.
         connections: what it asked of the network meanwhile.
     """
 
@@ -26,10 +26,10 @@ class Pack:
         self.path, self.core, self._listening = path, nodes, True
         self.core_modules, self.connections = frozenset(sys.modules), []
         sys.addaudithook(self._listen)
-        start = time.perf_counter()
+        start = time.process_time()
         if not asyncio.run(nodes.load_custom_node(path)):
             raise ImportError(f"ComfyUI could not load {path}")
-        self.import_s = time.perf_counter() - start
+        self.import_s = time.process_time() - start
         self._listening = False
 
     def module(self, name: str):

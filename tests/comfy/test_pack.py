@@ -10,8 +10,7 @@ from .graph import NODE_IDS
 from .server import PACK
 
 SCRIPTS = Path(__file__).parent / "scripts"
-IMPORT_S = 0.3  # beyond torch, on an idle machine
-SLACK = 3  # a test machine is seldom idle
+IMPORT_S = 0.9  # of CPU time, beyond torch: heavy libraries take several
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +67,8 @@ def test_a_node_has_a_help_page_with_a_picture(client, name):
 
 
 def test_loading_is_quick(loaded):
-    print(f"the pack was loaded in {loaded['import_s']:.3f} s")
-    assert loaded["import_s"] <= SLACK * IMPORT_S
+    print(f"the pack was loaded in {loaded['import_s']:.3f} s of CPU time")
+    assert loaded["import_s"] <= IMPORT_S
 
 
 def test_loading_brings_no_heavy_library(loaded):

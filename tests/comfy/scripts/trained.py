@@ -42,8 +42,8 @@ def odd_sizes(pack, setting) -> dict:
     top, left = (56 - high) // 2, (72 - wide) // 2
     (middle,) = pack.run("VAEEncode", vae=vae, pixels=picture[:, top : top + high, left : left + wide])
     (even,) = pack.run("VAEDecode", vae=vae, samples={"samples": drawn[..., [*range(7), 6], :][..., [*range(9), 8]]})
-    tiles = {"vae": vae, "tile_size": 64, "overlap": 32, "temporal_size": 64, "temporal_overlap": 8}
-    (tiled,) = pack.run("VAEDecodeTiled", samples={"samples": torch.zeros(1, channels, 15, 13)}, **tiles)
+    tiles = {"vae": vae, "tile_size": 128, "overlap": 32, "temporal_size": 64, "temporal_overlap": 8}
+    (tiled,) = pack.run("VAEDecodeTiled", samples={"samples": torch.zeros(1, channels, 21, 19)}, **tiles)
     (small,) = pack.run("VAEEncodeTiled", pixels=tiled, **tiles)
     try:
         pack.run("VAEEncode", vae=vae, pixels=torch.zeros(1, 7, 72, 3))
