@@ -45,6 +45,7 @@ def main(pack, weights: str) -> dict:
     files._header = lambda path: opened.append(path.relative_to(models).as_posix()) or read(path)
     listed = {"models": files.list_models(), "adapters": files.list_adapters()}
     files._header = read
+    (mine / "lap.safetensors").unlink()  # other scripts list adapters too
     return listed | {
         "opened": opened,
         "vlms": files.list_vlms(),
