@@ -476,7 +476,7 @@ def test_bad_input_is_one_line(bench, judge_folder, capsys, more, named):
 
 
 def test_a_model_draws_its_own_pictures_once(bench, judge_folder, monkeypatch):
-    from unifusion_core import verbs
+    from unifusion_core.verbs import scores
 
     drawn = []
 
@@ -497,7 +497,7 @@ def test_a_model_draws_its_own_pictures_once(bench, judge_folder, monkeypatch):
             shades = {text: SHADES[name] for name, text in PROMPTS.items()}
             return [Image.new("RGB", (32, 32), (shades[text], seed, 200)) for text, seed in latents]
 
-    monkeypatch.setattr(verbs, "_loader", lambda args: lambda name="micro": FakeModel())
+    monkeypatch.setattr(scores, "loader", lambda args: lambda name="micro": FakeModel())
     argv = command(bench, judge_folder, "--model", "fake", "--max-new-tokens", 1, "--count", 2, "--steps", 3)
     assert run(*argv) == 0 and drawn == list(PROMPTS.values())
     report = json.loads((bench / "out" / "report.json").read_text())

@@ -334,7 +334,8 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path):
         with pytest.raises(ValueError, match="cut short or damaged|not a safetensors file"):
             load_vlm(own)
     config = json.loads((own / "config.json").read_text())
-    for model_type, message in (("internvl_chat", "'-hf'"), ("t5", "not supported, it is no language model")):
+    refused = {"internvl_chat": "'-hf'", "mt5": "not supported, it is no language model", "t5": "cut short|safetensors"}
+    for model_type, message in refused.items():
         (own / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
         with pytest.raises(ValueError, match=message):
             load_vlm(own)

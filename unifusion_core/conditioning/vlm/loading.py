@@ -85,7 +85,7 @@ def load(
     if path.is_dir():
         config = read_config(path)
         read_settings(path, "generation_config.json")  # transformers would go on without a damaged one
-        table = _check_weights(path)
+        table = check_weights(path)
         _check_dtypes(path, config, table)
         words = load_tokenizer(words_at or path, config)
         with _named(path, cure=AGAIN):
@@ -173,7 +173,7 @@ def read_settings(folder: Path, name: str) -> dict:
     return settings
 
 
-def _check_weights(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+def check_weights(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Proves every weight file whole by its header; returns name -> (dtype, shape)."""
     if (folder / INDEX).is_file() or (folder / WEIGHTS).is_file():
         return read_table(folder / WEIGHTS)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase, T5EncoderModel
 
 from ..hidden_states import HiddenStates, Span
-from .loading import load_tokenizer
+from .loading import check_weights, load_tokenizer
 from .request import Request
 
 T5_MARK = "t5-"  # with which its identity begins
@@ -168,6 +168,7 @@ def load_t5(
         config = AutoConfig.from_pretrained(folder, **local)
         if config.model_type != "t5":
             raise ValueError(f"it holds a {config.model_type}, expected a t5")
+        check_weights(folder)
         model, report = T5EncoderModel.from_pretrained(
             folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **local
         )
