@@ -58,16 +58,24 @@ def plot(claim: Claim, judged: Mapping[str, Any]) -> Image.Image:
 def sheet(claim: Claim, found: Mapping[str, Measured]) -> Image.Image | None:
     """Lays out the pictures of one seed: a line for each row and label, a column for each case; None without any.
 
+    Rows of other cases stand apart, under titles of their own.
+
     Args:
         found: results by name of a row.
     """
-    lines = [(name, label, kept) for name, each in found.items() for label, kept in each.pictures.items()]
-    lines = _once(lines)
-    if not lines:
-        return None
+    cases: dict[tuple[str, ...], dict[str, Measured]] = {}
+    for name, each in found.items():
+        if each.pictures:
+            cases.setdefault(tuple(each.titles), {})[name] = each
+    return _stacked([_cases(claim, titles, rows) for titles, rows in cases.items()]) if cases else None
+
+
+def _cases(claim: Claim, titled: Sequence[str], found: Mapping[str, Measured]) -> Image.Image:
+    """The part of a sheet whose rows show the same cases."""
+    lines = _once([(name, label, kept) for name, each in found.items() for label, kept in each.pictures.items()])
     side = max(CELL, max(picture.width for *_, kept in lines for picture in kept))
     columns = min(max(len(kept) for *_, kept in lines), (WIDTH - NAMES - 2 * MARGIN) // (side + GAP))
-    titles = [_wrapped(title, side) for title in next((m.titles for m in found.values() if m.titles), [])[:columns]]
+    titles = [_wrapped(title, side) for title in titled[:columns]]
     head = 52 + (LINE * LINES + 8 if titles else 0)
     canvas = Canvas(head + len(lines) * (side + GAP) + MARGIN)
     canvas.text(MARGIN, 34, f"{claim.name} ({claim.where})", TITLE)
