@@ -24,7 +24,6 @@ from ..files import save_json
 from ..layers import TransformerBlock
 from .adapter import MOST_TOKENS, AdapterTrainee, HostTeacher
 from .asked import STAGE1_MIX
-from .buckets import Order, bucket_sizes
 from .ema import EMA
 from .export import whole_tensors
 from .feed import Feed
@@ -40,12 +39,10 @@ from .host_files import (
 )
 from .hosts import HOSTS, host_of
 from .kept_states import sampled_digest
-from .latents import LatentCache
 from .loop import LoopSpec, joined
 from .run import LOOP as USUAL_LOOP
 from .run import SETTINGS, BaseRun, check_mix, describe, found_in, report_damaged
 from .samples import Index, build_index
-from .scaled import fit_scaled
 from .states import LATEST
 from .trainee import checkpoint_blocks
 
@@ -110,29 +107,11 @@ def train(run: Run) -> Path:
     shift_at = shift_of(run.profile, folder)
     found = found_in(vlm, vae, compute) | _found_host(transformer, shift_at)
     run.check_resumed(found)
-    cache = run.cache or run.out / "cache"
     with accelerator.main_process_first():
-        index = build_index(run.data, cache, quiet=run.quiet or not main)
+        index = build_index(run.data, run.cache_folder, quiet=run.quiet or not main)
     _check_edits(index)
-    order = Order(
-        [sample.size for sample in index.samples],
-        bucket_sizes(run.size, vae.spec.compression * patch_of(transformer)),
-        run.loop.batch_size,
-        run.loop.seed,
-    )
-    feed = Feed(
-        index,
-        order,
-        HostTeacher(vlm, spec, run.tiles, run.most_tokens),
-        LatentCache(vae, cache / "latents" if run.cache_latents else None),
-        seed=run.loop.seed,
-        mix=run.mix,
-        dropout=run.dropout,
-        shift_at=shift_at,
-        most_damaged=run.most_damaged,
-        report=run.out / "damaged.jsonl",
-        workers=run.workers,
-    )
+    order = run.order(index, vae.spec.compression * patch_of(transformer))
+    feed = run.feed(index, order, HostTeacher(vlm, spec, run.tiles, run.most_tokens), vae, shift_at)
     trainee = _build_trainee(run, spec, transformer, compute)
     if main:
         save_json(run.out / SETTINGS, run.settings(found))
@@ -144,19 +123,7 @@ def train(run: Run) -> Path:
         said.append(_departure(trainee.to(device), feed, device))
     if main and not run.quiet:
         print("\n".join(said))
-    trained, average = fit_scaled(
-        trainee,
-        trainee.units,
-        feed,
-        run.loop,
-        run.out,
-        accelerator,
-        accumulation=run.accumulation,
-        fsdp=run.fsdp,
-        compute=compute,
-        save_every=run.save_every,
-        quiet=run.quiet,
-    )
+    trained, average = run.fit(trainee, feed, accelerator, compute)
     return _export(run, spec, trained, average, accelerator)
 
 

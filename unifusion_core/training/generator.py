@@ -24,15 +24,11 @@ from ..fusion import check_vlm
 from ..presets import PRESETS, ModelSpec, spec_from_dict
 from ..vaes import OURS, load_vae
 from .asked import PromptTeacher, Teacher
-from .buckets import Order, bucket_sizes
 from .export import export, for_training
-from .feed import Feed
 from .kept_states import KeptStates
-from .latents import LatentCache
 from .loop import joined
 from .run import SETTINGS, BaseRun, check_mix, describe, found_in, report_damaged
 from .samples import Damaged, Index, build_index, read_picture
-from .scaled import fit_scaled
 from .trainee import TakenOver, Trainee, build_trainee, checkpoint_blocks, empty_trainee, take_over
 
 PREVIEWED, PREVIEW_SIDE = 32, 256  # pictures to which the preview's colours are fitted, and their px
@@ -99,29 +95,15 @@ def train(run: Run) -> Path:
     _check_vae(spec, vae, run.vae)
     found = found_in(vlm, vae, compute)
     run.check_resumed(found)
-    cache = run.cache or run.out / "cache"
     with accelerator.main_process_first():
-        index = build_index(run.data, cache, quiet=run.quiet or not main)
+        index = build_index(run.data, run.cache_folder, quiet=run.quiet or not main)
     _check_stage(run, index)
-    order = Order(
-        [sample.size for sample in index.samples],
-        bucket_sizes(run.size, vae.spec.compression * spec.dit.patch_size),
-        run.loop.batch_size,
-        run.loop.seed,
-    )
-    feed = Feed(
-        index,
-        order,
-        _teacher(run, vlm, cache),
-        LatentCache(vae, cache / "latents" if run.cache_latents else None),
-        seed=run.loop.seed,
-        mix=run.mix,
-        dropout=run.dropout,
-        shift_at=lambda size: spec.shift_at(size[0] * size[1] // spec.dit.patch_size**2),
-        most_damaged=run.most_damaged,
-        report=run.out / "damaged.jsonl",
-        workers=run.workers,
-    )
+    order = run.order(index, vae.spec.compression * spec.dit.patch_size)
+
+    def shift_at(size: tuple[int, int]) -> float:
+        return spec.shift_at(size[0] * size[1] // spec.dit.patch_size**2)
+
+    feed = run.feed(index, order, _teacher(run, vlm), vae, shift_at)
     trainee, taken = _trainee(run, spec, anew, compute, empty=run.fsdp and not main)
     blocks = trainee.blocks
     if run.checkpointing:
@@ -138,19 +120,7 @@ def train(run: Run) -> Path:
             print(describe_conditioning(spec))
             if taken:
                 print(f"{taken.kept} tensors kept of {run.init}; new: {', '.join(taken.new)}")
-    trained, average = fit_scaled(
-        trainee,
-        trainee.units,
-        feed,
-        run.loop,
-        run.out,
-        accelerator,
-        accumulation=run.accumulation,
-        fsdp=run.fsdp,
-        compute=compute,
-        save_every=run.save_every,
-        quiet=run.quiet,
-    )
+    trained, average = run.fit(trainee, feed, accelerator, compute)
     preview = _preview(index, vae, run.size) if main else None
     spec = for_training(spec, vlm.identity, run.size, preview, run.name)
     return export(
@@ -244,12 +214,12 @@ def _from_t5(spec: ModelSpec) -> bool:
     return bool(spec.vlm) and spec.vlm.startswith(T5_MARK)
 
 
-def _teacher(run: Run, vlm: FrozenVLM | T5TextEncoder, cache: Path) -> Teacher | PromptTeacher | KeptStates:
+def _teacher(run: Run, vlm: FrozenVLM | T5TextEncoder) -> Teacher | PromptTeacher | KeptStates:
     if isinstance(vlm, T5TextEncoder):
         teacher = PromptTeacher(vlm, run.most_tokens)
     else:
         teacher = Teacher(vlm, run.tiles, run.most_tokens)
-    return KeptStates(teacher, vlm, cache / "states") if run.cache_states else teacher
+    return KeptStates(teacher, vlm, run.cache_folder / "states") if run.cache_states else teacher
 
 
 def _load_vae(path: Path, device: torch.device) -> nn.Module:

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from ..conditioning.vlm import FrozenVLM, T5TextEncoder
-from .asked import STAGE1_MIX
-from .buckets import Order
-from .kept_states import vlm_digest
-from .latents import vae_digest
+from .asked import STAGE1_MIX, PromptTeacher, Teacher
+from .buckets import Order, bucket_sizes
+from .ema import EMA
+from .feed import Feed
+from .kept_states import KeptStates, vlm_digest
+from .latents import LatentCache, vae_digest
 from .loop import LoopSpec
 from .samples import Index
+from .scaled import fit_scaled
 
 LOOP = LoopSpec(steps=1000, batch_size=32, rate=1e-4, warmup=100, decay_fraction=0.1, ema_decay=0.9999)
 SETTINGS = "run.json"
 KEPT = ("steps", "batch_size", "rate", "warmup", "decay_fraction", "clip", "ema_decay", "weight_decay", "seed")
 DECIDING = ("size", "tiles", "most_tokens", "mix", "dropout", "accumulation", "precision")
+ShiftAt = Callable[[tuple[int, int]], float]
+"""Latent size (h, w) → shift of the training times."""
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -99,6 +105,55 @@ class BaseRun:
         alone = "one process" + ", in which --fsdp does nothing" * self.fsdp
         spread = alone if processes == 1 else f"{processes} processes, {how}"
         return f"{spread}; {str(compute).removeprefix('torch.')} products"
+
+    @property
+    def cache_folder(self) -> Path:
+        return self.cache or self.out / "cache"
+
+    def order(self, index: Index, multiple: int) -> Order:
+        """The samples in buckets whose sides divide by `multiple` px."""
+        sizes = [sample.size for sample in index.samples]
+        return Order(sizes, bucket_sizes(self.size, multiple), self.loop.batch_size, self.loop.seed)
+
+    def feed(
+        self,
+        index: Index,
+        order: Order,
+        teacher: Teacher | PromptTeacher | KeptStates,
+        vae: nn.Module,
+        shift_at: ShiftAt,
+    ) -> Feed:
+        return Feed(
+            index,
+            order,
+            teacher,
+            LatentCache(vae, self.cache_folder / "latents" if self.cache_latents else None),
+            seed=self.loop.seed,
+            mix=self.mix,
+            dropout=self.dropout,
+            shift_at=shift_at,
+            most_damaged=self.most_damaged,
+            report=self.out / "damaged.jsonl",
+            workers=self.workers,
+        )
+
+    def fit(
+        self, trainee: nn.Module, feed: Feed, accelerator: Accelerator, compute: torch.dtype
+    ) -> tuple[nn.Module, EMA | None]:
+        """Trains a module that names its `units`; returns it and the average of its weights."""
+        return fit_scaled(
+            trainee,
+            trainee.units,
+            feed,
+            self.loop,
+            self.out,
+            accelerator,
+            accumulation=self.accumulation,
+            fsdp=self.fsdp,
+            compute=compute,
+            save_every=self.save_every,
+            quiet=self.quiet,
+        )
 
 
 def found_in(vlm: FrozenVLM | T5TextEncoder, vae: nn.Module, compute: torch.dtype) -> dict[str, Any]:
